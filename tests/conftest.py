@@ -1,0 +1,88 @@
+"""Shared test set-up: pinned environment, NaN-poisoned memory, and who runs the
+marks `triton` and `gpu`.
+
+`pytest` runs everything that needs neither a GPU nor Triton; `TRITON_INTERPRET=1 pytest -m triton`
+runs the Triton kernels on the CPU through Triton's interpreter. The two cannot share one process:
+Triton reads the variable once, when a kernel is decorated.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before the first import of torch and triton, which read these once.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Unset, the default changes between Triton 3.9 (on) and 3.10 (off), and bitwise tests would move
+# with it.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import importlib.util
+import random
+
+import numpy as np
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    has_cuda = torch.cuda.is_available()
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    has_triton = importlib.util.find_spec("triton") is not None
+    for item in items:
+        if item.get_closest_marker("gpu") and not has_cuda:
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+        if item.get_closest_marker("triton"):
+            if not has_triton:
+                item.add_marker(pytest.mark.skip(reason="triton is not installed"))
+            elif not (has_cuda or interpreting):
+                item.add_marker(
+                    pytest.mark.skip(reason="no CUDA GPU and TRITON_INTERPRET is not 1")
+                )
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised floating-point memory holds NaN, so that a kernel that misses an element, or
+    reads one that nobody wrote, fails its test instead of passing on memory that happened to be
+    zero."""
+
+    def poison(made: torch.Tensor) -> torch.Tensor:
+        fake = isinstance(made, torch._subclasses.FakeTensor) or made.device.type == "meta"
+        if not fake and (made.is_floating_point() or made.is_complex()):
+            with torch.no_grad():
+                made.fill_(float("nan"))
+        return made
+
+    def poisoned(make):
+        def made(*args, **kwargs):
+            if torch.compiler.is_compiling():
+                return make(*args, **kwargs)
+            return poison(make(*args, **kwargs))
+
+        return made
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernel tests run: the GPU where there is one, else the CPU (portable path or
+    interpreter)."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
