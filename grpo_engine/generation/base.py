@@ -1,0 +1,55 @@
+"""What the loops ask of a sampler, whichever engine draws the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from grpo_engine.types import Generation, GenerationRequest, SamplingParams, UserError
+
+
+class Generator(Protocol):
+    """Token ids in, token ids out: nothing is decoded and tokenised again on the way."""
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingParams
+    ) -> list[Generation]:
+        """Draw one completion per request, in the order of the requests.
+
+        A request's tokens depend on its prompt, its seed, the sampling parameters and the weights,
+        not on the other requests (up to rounding in batched matrix products).
+        Raises UserError for an empty prompt or one that leaves no room for the completion.
+        """
+        ...
+
+    def sync_weights(self, version: int) -> None:
+        """Sample from the policy's present weights from now on; ``version`` names them."""
+        ...
+
+    def close(self) -> None:
+        """Free what the sampler holds. ``generate`` raises afterwards."""
+        ...
+
+
+def check_requests(
+    requests: Sequence[GenerationRequest],
+    sampling: SamplingParams,
+    *,
+    vocab_size: int,
+    max_positions: int | None,
+) -> None:
+    """Refuse what no sampler can serve. Raises UserError naming the request by its index."""
+    for i, request in enumerate(requests):
+        if not request.prompt_ids:
+            raise UserError(f"prompt: request {i} is empty; a prompt needs at least one token")
+        low, high = min(request.prompt_ids), max(request.prompt_ids)
+        if low < 0 or high >= vocab_size:
+            bad = low if low < 0 else high
+            raise UserError(f"prompt: request {i} has token id {bad}, the vocabulary {vocab_size}")
+        total = len(request.prompt_ids) + sampling.max_completion_length
+        if max_positions is not None and total > max_positions:
+            raise UserError(
+                f"max_completion_length: {sampling.max_completion_length} after the "
+                f"{len(request.prompt_ids)} prompt tokens of request {i} passes the model's "
+                f"{max_positions} positions"
+            )

@@ -1,0 +1,61 @@
+"""Held-out accuracy during a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grpo_engine.config import GRPOConfig
+from grpo_engine.grpo import GRPORun
+from grpo_engine.rewards import RewardPool
+from grpo_engine.rollouts import Prompt, sample_rollouts, score_rollouts
+from grpo_engine.types import SamplingParams
+
+
+class HeldOut:
+    """Accuracy on problems the policy is not trained on: the same problems and seeds every time."""
+
+    def __init__(self, config: GRPOConfig, prompts: list[Prompt], pool: RewardPool) -> None:
+        self.config, self.prompts, self.pool = config, prompts, pool
+
+    def evaluate(self, run: GRPORun) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """({"eval/accuracy", ...}, one row per problem). A problem whose reward could not be
+        computed has ``correct`` None and is left out of the mean."""
+        config = self.config
+        sampling = SamplingParams(
+            max_completion_length=config.completion_cap(run.step),
+            temperature=config.eval_temperature,
+            top_p=config.eval_top_p,
+        )
+        with run.watch.phase("eval"):
+            rollouts = sample_rollouts(
+                run.generator,
+                run.policy.tokenizer,
+                self.prompts,
+                1,
+                sampling,
+                (config.seed, "eval"),
+            )
+            correct = score_rollouts(self.pool, rollouts).scores[config.eval_reward]
+        known = [c for c in correct if c is not None]
+        lengths = [len(r.completion_ids) for r in rollouts]
+        cut = [r.finish_reason == "length" for r in rollouts]
+        metrics = {
+            "eval/mean_length": sum(lengths) / len(lengths),
+            "eval/clipped_ratio": sum(cut) / len(cut),
+            "eval/num_samples": float(len(known)),
+        }
+        if known:
+            metrics["eval/accuracy"] = sum(known) / len(known)
+        samples = [
+            {
+                "index": index,
+                "prompt": r.prompt,
+                "completion": r.completion,
+                "correct": score,
+                "finish_reason": r.finish_reason,
+                "length": length,
+                "solution": r.row.get(config.solution_column),
+            }
+            for index, (r, score, length) in enumerate(zip(rollouts, correct, lengths, strict=True))
+        ]
+        return metrics, samples

@@ -1,0 +1,72 @@
+"""Ctrl-C and SIGTERM: stop at a point from which the run can be continued exactly."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+
+
+class StopRequested(BaseException):
+    """The user or the scheduler asked the run to stop. Not an ``Exception``: reward code cannot
+    swallow it."""
+
+
+class Interrupt:
+    """Turns the first SIGINT/SIGTERM into a stop request; the second one ends the process at once.
+
+    Inside ``abortable()`` (sampling, rewards, evaluation: work that is redone bit for bit on
+    resume) the request raises ``StopRequested`` immediately. Elsewhere (between the gradients and
+    the end of an update, while saving) it only sets ``signum``, and the loop stops at the next step
+    boundary.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._abortable = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)  # type: ignore[arg-type]
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        self.signum = signum
+        if self._abortable:
+            raise StopRequested
+
+    def check(self) -> None:
+        """Raise ``StopRequested`` if a signal has arrived."""
+        if self.signum is not None:
+            raise StopRequested
+
+    @contextmanager
+    def abortable(self) -> Iterator[None]:
+        self._abortable = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._abortable = False
+
+    @property
+    def exit_code(self) -> int:
+        """130 after Ctrl-C, 143 after SIGTERM (128 + signal number), 0 when nothing was
+        requested."""
+        return 0 if self.signum is None else 128 + self.signum

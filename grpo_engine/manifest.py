@@ -1,0 +1,86 @@
+"""manifest.json: what a run was made from (hashes), by what (versions, machine, seeds), and how it
+ended."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from grpo_engine import __version__
+from grpo_engine.metrics import write_atomically
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "triton",
+    "numpy",
+    "reasoning-gym",
+    "math-verify",
+)
+
+
+def rows_sha256(rows: list[dict[str, Any]]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str, ensure_ascii=False).encode())
+    return digest.hexdigest()
+
+
+def code_version() -> str:
+    """Package version, and the commit when run from a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return __version__
+    return f"{__version__} ({done.stdout.strip()})"
+
+
+def machine() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"platform": platform.platform(), "cpu_threads": torch.get_num_threads(), "gpus": gpus}
+
+
+class Manifest:
+    """``manifest.json``: what went in, with hashes, and how the run stands."""
+
+    def __init__(self, folder: Path, values: dict[str, Any]) -> None:
+        self.path, self.values = folder / "manifest.json", values
+
+    def update(self, **values: Any) -> None:
+        self.values.update(values)
+        write_atomically(self.path, json.dumps(self.values, indent=1, ensure_ascii=False) + "\n")
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """One hash over the names and bytes of all parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

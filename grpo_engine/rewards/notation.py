@@ -1,0 +1,202 @@
+"""One spelling for one answer: LaTeX dressing off, units and containers told apart.
+
+Works on short answer strings, not on completions. Nothing here evaluates anything.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+_SUBSTITUTIONS = [
+    (re.compile(r"[\u2212\u2013\u2014]"), "-"),
+    (re.compile(r"\u00d7"), r"\\times "),
+    (re.compile(r"\u00f7"), r"\\div "),
+    (re.compile(r"\u00b7"), r"\\cdot "),
+    (re.compile(r"\u03c0|(?<![a-zA-Z\\])pi(?![a-zA-Z])"), r"\\pi "),
+    (re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\s*"), ""),
+    (re.compile(r"\\displaystyle(?![a-zA-Z])|\\!|\\\(|\\\)|\\\[|\\\]"), ""),
+    (re.compile(r"\\\$|\$"), ""),
+    (re.compile(r"\\[,;: ]|~|\\q?quad(?![a-zA-Z])"), " "),
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\\%"), "%"),
+    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\lbrace(?![a-zA-Z])"), r"\\{"),
+    (re.compile(r"\\rbrace(?![a-zA-Z])"), r"\\}"),
+    (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\u00b0|\\degree(?![a-zA-Z])"), r"\\text{ deg}"),
+    (re.compile(r"\\(?:mathrm|mbox|textrm|textbf|mathbf|textit|textnormal)(?=\s*\{)"), r"\\text"),
+    (re.compile(r"\\text\s*\{\s*(?:and|or)\s*\}|(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])"), ","),
+    # brace-less shorthand: \frac43, \frac4{3}, \frac{4}3, \sqrt2
+    (re.compile(r"\\frac\s*([0-9a-zA-Z])\s*(?=[0-9a-zA-Z{])"), r"\\frac{\1}"),
+    (re.compile(r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z])"), r"\1{\2}"),
+    (re.compile(r"\\sqrt\s*([0-9a-zA-Z])"), r"\\sqrt{\1}"),
+    (re.compile(r"\s+"), " "),
+    # a blank means something only between two digits ("3 1/2") or two words
+    (re.compile(r"(?<![0-9a-zA-Z]) | (?![0-9a-zA-Z])|(?<=[0-9]) (?=[a-zA-Z]\b)"), ""),
+]
+_TEXT_GROUP = re.compile(r"\\text\{([^{}]*)\}")
+_TEXT_UNIT = re.compile(r"(?P<rest>.*[^\s\\])\\text\{(?P<unit>[^{}]*)\}(?:\^\{?[23]\}?)?")
+_WORD_UNIT = re.compile(
+    r"(?P<rest>-?[\d.,/]*\d(?:\.\d*)?)\s(?P<unit>[a-zA-Z]{2,}\.?(?: [a-zA-Z]{2,}){0,2})"
+)
+_BASE_UNIT = re.compile(r"(?P<rest>\d+)_\{?(?P<unit>\d+)\}?")
+_MEMBERSHIP = re.compile(r"[a-zA-Z]\\in(?![a-zA-Z])\s?(?P<rest>.+)")
+_WORD = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]{3,}(?![a-zA-Z])")
+_FUNCTION = re.compile(
+    "(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|exp|sqrt|max|min|gcd|lcm|mod|det|abs|inf"
+)
+
+_UNIT_NAMES = {
+    "km": "kilometer kilometre",
+    "m": "meter metre",
+    "cm": "centimeter centimetre",
+    "mm": "millimeter millimetre",
+    "mi": "mile",
+    "ft": "foot feet",
+    "in": "inch inches",
+    "yd": "yard",
+    "kg": "kilogram",
+    "g": "gram",
+    "mg": "milligram",
+    "lb": "pound",
+    "oz": "ounce",
+    "s": "second sec",
+    "min": "minute",
+    "h": "hour hr",
+    "day": "",
+    "week": "",
+    "month": "",
+    "year": "yr",
+    "l": "liter litre",
+    "ml": "milliliter millilitre",
+    "deg": "degree",
+    "rad": "radian",
+    "dollar": "",
+    "cent": "",
+}
+_UNITS = {
+    spelling: unit for unit, others in _UNIT_NAMES.items() for spelling in [unit, *others.split()]
+}
+
+
+class Container(NamedTuple):
+    """A top-level list of answers. ``kind`` is the bracket: "(", "[", "{" (a set) or "" (bare)."""
+
+    kind: str
+    items: list[str]
+
+
+def normalise(text: str) -> str:
+    """``text`` in one spelling: no dollar signs, sizing or spacing commands; braces filled in."""
+    for pattern, replacement in _SUBSTITUTIONS:
+        text = pattern.sub(replacement, text)
+    text = text.strip()
+    if whole := _TEXT_GROUP.fullmatch(text):
+        text = whole[1].strip()
+    return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    """``12\\text{ cm}``, ``72 clips``, ``1010_2`` -> (number, unit); (text, "") without a unit.
+
+    A word without ``\\text`` is a unit only when a blank and a whole number or decimal stand before
+    it, so ``5x`` stays an expression. The base of a numeral counts as its unit.
+    """
+    match = _TEXT_UNIT.fullmatch(text) or _WORD_UNIT.fullmatch(text) or _BASE_UNIT.fullmatch(text)
+    return (match["rest"], match["unit"].strip()) if match else (text, "")
+
+
+def units_conflict(one: str, other: str) -> bool:
+    """Whether both are units of known, different size (or different numeral bases)."""
+    if one.isdigit() and other.isdigit():
+        return one != other
+    known = [_UNITS.get(_singular(unit)) for unit in (one, other)]
+    return None not in known and known[0] != known[1]
+
+
+def _singular(unit: str) -> str:
+    unit = unit.lower().rstrip(".")
+    return unit if unit in _UNITS else unit.removesuffix("s")
+
+
+def equation_sides(text: str) -> list[str]:
+    """The sides of ``a = b = ...``; one element when ``text`` is no equation (``<=``, ``!=``)."""
+    if "=" not in text or re.search(r"[<>!=]=|\\n(?:e|eq)(?![a-zA-Z])", text):
+        return [text]
+    sides = [side.strip() for side in text.split("=")]
+    return sides if all(sides) else [text]
+
+
+_NAME = r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?'?(?:\([a-zA-Z]\))?"
+_VARIABLE = re.compile(rf"{_NAME}|\({_NAME}(?:,{_NAME})+\)")
+
+
+def is_variable(text: str) -> bool:
+    """A name one may put before ``=``: ``x``, ``x_1``, ``f(x)``, ``\\theta``, ``AB``, ``(x,y)``."""
+    return _VARIABLE.fullmatch(text) is not None
+
+
+def split_container(text: str) -> Container | None:
+    """The top-level items of a tuple, list, set or bare list, or None for a single value.
+
+    ``(5)`` is a single value; ``[0, 1)``, unions and matrices are left to the symbolic comparison.
+    ``;`` separates like ``,``. ``a \\pm b`` is two answers.
+    """
+    membership = _MEMBERSHIP.fullmatch(text)
+    if membership:
+        text = membership["rest"]
+    kind, inner = _outer_bracket(text)
+    if kind == "{" or (kind and _top_level_items(inner)[1:]):
+        return Container(kind, _with_both_signs(_top_level_items(inner)))
+    items = _with_both_signs(_top_level_items(text))
+    return Container("", items) if len(items) > 1 else None
+
+
+def _outer_bracket(text: str) -> tuple[str, str]:
+    """("(", inside) when one bracket pair encloses all of ``text``; ("", text) otherwise."""
+    opening = {"(": ")", "[": "]"}
+    if text.startswith(r"\{") and text.endswith(r"\}"):
+        kind, inner = "{", text[2:-2]
+    elif text[:1] in opening and text.endswith(opening[text[:1]]):
+        kind, inner = text[0], text[1:-1]
+    else:
+        return "", text
+    depth = 0
+    for char in inner:
+        depth += (char in "([{") - (char in ")]}")
+        if depth < 0:
+            return "", text
+    return (kind, inner) if depth == 0 else ("", text)
+
+
+def _top_level_items(text: str) -> list[str]:
+    depth = 0
+    items = [""]
+    for char in text:
+        depth += (char in "([{") - (char in ")]}")
+        if char in ",;" and depth == 0:
+            items.append("")
+        else:
+            items[-1] += char
+    return [item.strip() for item in items if item.strip()]
+
+
+def _with_both_signs(items: list[str]) -> list[str]:
+    signed = []
+    for item in items:
+        if item.count(r"\pm") == 1:
+            signed += [item.replace(r"\pm", "+").removeprefix("+"), item.replace(r"\pm", "-")]
+        else:
+            signed.append(item)
+    return signed
+
+
+def plain_words(text: str) -> str | None:
+    """The words of a textual answer ("East", "(B)"), lower case; None when it is mathematics."""
+    bare = _TEXT_GROUP.sub(r"\1", text).strip().strip("\"'`.:")
+    if re.fullmatch(r"\([a-zA-Z]\)|[a-zA-Z]\)?", bare):
+        return bare.strip("()").lower()
+    words = [word for word in _WORD.findall(bare) if not _FUNCTION.fullmatch(word.lower())]
+    if not words or re.search(r"\\[a-zA-Z]", bare):
+        return None
+    return " ".join(bare.lower().split())

@@ -1,0 +1,455 @@
+"""The accuracy rewards: what is an answer, what equals the reference, and who is asked."""
+
+import signal
+import subprocess
+import sys
+import threading
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo_engine.rewards import (
+    accuracy_reward,
+    load_reward,
+    reasoning_gym_reward,
+    unusable_solutions,
+)
+from grpo_engine.rewards import tasks as task_rewards
+from grpo_engine.rewards.exact import exact_value
+from grpo_engine.rewards.math import judge_answer
+from grpo_engine.rewards.symbolic import MathVerify
+from grpo_engine.types import UserError
+
+
+class NoSymbols:
+    """Fails the test if the comparison was not exact."""
+
+    def parses(self, gold):
+        raise AssertionError(f"symbolic parse of {gold!r}")
+
+    def equal(self, gold, answer):
+        raise AssertionError(f"symbolic comparison of {gold!r} and {answer!r}")
+
+
+def exact_verdict(text, gold, **options):
+    return judge_answer(text, gold, NoSymbols(), **options)
+
+
+def test_importing_rewards_does_not_import_torch_or_the_optional_packages():
+    code = (
+        "import sys, grpo_engine.rewards as r; r.load_reward('accuracy'); "
+        "print([m for m in ('torch', 'math_verify', 'sympy', 'reasoning_gym', 'numpy') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- where the answer is ------------------------------------------------------------------------
+
+EXTRACTION = [
+    (r"\boxed{72}", 1.0, "ok"),
+    (r"so \fbox{ 72 } it is", 1.0, "ok"),
+    ("<think>hm 5</think> <answer>72</answer>", 1.0, "ok"),
+    (r"<think>\boxed{5}</think> <answer>\boxed{72}</answer>", 1.0, "ok"),
+    ("Sum.\n**Answer:** 72.", 1.0, "ok"),
+    ("reasoning</think> Answer: $72$", 1.0, "ok"),
+    (r"\boxed{72} again \boxed{72.0}", 1.0, "ok"),
+    (r"\boxed{\text{72}}", 1.0, "ok"),
+    # several different answers are a bet, not an answer
+    (r"\boxed{71} or \boxed{72}", 0.0, "ok"),
+    (r"\boxed{72} or \boxed{71}", 0.0, "ok"),
+    (r"\boxed{71} <answer>72</answer>", 0.0, "ok"),
+    ("<answer>71</answer><answer>72</answer>", 0.0, "ok"),
+    ("Answer: 71\nAnswer: 72", 0.0, "ok"),
+    (" ".join(rf"\boxed{{{n}}}" for n in range(100)), 0.0, "ok"),
+    # not marked, not closed, not outside the thinking
+    ("72", 0.0, "no_answer"),
+    ("The answer is 72", 0.0, "no_answer"),
+    ("xq 72 zzzz 72 72", 0.0, "no_answer"),
+    (r"\boxed{72", 0.0, "no_answer"),
+    (r"\boxed{72} then \boxed{7", 0.0, "no_answer"),
+    (r"<answer>72</answer> \boxed{7", 0.0, "no_answer"),
+    ("<answer>72", 0.0, "no_answer"),
+    ("<answer>72</answer> <answer>", 0.0, "no_answer"),
+    ("<answer></answer>", 0.0, "no_answer"),
+    (r"\boxed{}", 0.0, "no_answer"),
+    ("Answer:", 0.0, "no_answer"),
+    (r"<think>\boxed{72}", 0.0, "no_answer"),
+    (r"<think>\boxed{72}</think>", 0.0, "no_answer"),
+    (r"<think>a</think> \boxed{72} <think>", 0.0, "no_answer"),
+    ("", 0.0, "no_answer"),
+    # wrong content in the right place
+    (r"\boxed{72 or 73}", 0.0, "ok"),
+    (r"\boxed{not 72}", 0.0, "ok"),
+    (r"\boxed{gibberish 72 blah}", 0.0, "ok"),
+    (r"\boxed{the answer is 72}", 0.0, "ok"),
+    (r"\boxed{0,1,2,72}", 0.0, "ok"),
+    (r"\boxed{" + "72" * 2000 + "}", 0.0, "too_long"),
+]
+
+
+@pytest.mark.parametrize(("text", "score", "outcome"), EXTRACTION)
+def test_only_a_marked_final_answer_counts(text, score, outcome):
+    assert exact_verdict(text, "72") == (score, outcome)
+
+
+def test_prefilled_thinking():
+    assert exact_verdict(r"\boxed{72}", "72", thinking_prefilled=True) == (0.0, "no_answer")
+    assert exact_verdict(r"so</think>\boxed{72}", "72", thinking_prefilled=True) == (1.0, "ok")
+
+
+def test_extraction_is_linear_in_the_text():
+    for text in (r"\boxed{" * 50_000, "<answer>" * 50_000, "answer: " * 50_000, "{" * 500_000):
+        assert exact_verdict(text, "72")[0] == 0.0
+
+
+# --- what equals what ---------------------------------------------------------------------------
+
+EXACT = [
+    ("72", "72.0", True),
+    (72, "072", True),
+    (0.5, r"\frac{1}{2}", True),
+    ("-5", "\u22125", True),
+    ("-5", "5", False),
+    ("1234567", "1,234,567", True),
+    ("1234567", "1{,}234{,}567", True),
+    ("1234567", r"1\,234\,567", True),
+    ("1234", "123,4", False),
+    (r"\frac{3}{4}", ".75", True),
+    (r"\frac43", r"\dfrac{4}{3}", True),
+    ("1/3", "0.3333333333", False),
+    ("3.5", r"3\frac{1}{2}", True),
+    ("7/2", "3 1/2", True),
+    ("31/2", "3 1/2", False),
+    ("12", "1 2", False),
+    ("1024", "2^{10}", True),
+    ("9", r"\sqrt{81}", True),
+    ("6", "3!", True),
+    ("1e-7", "0.0000001", True),
+    ("1e-7", "0", False),
+    # tiny and huge numbers are not equal because they round to the same float
+    (r"\frac{1}{2004!}", r"\frac{1}{2006!}", False),
+    (r"\frac{1}{2004!}", r"1/2004!", True),
+    ("2^{-1000}", "2^{-1001}", False),
+    ("100000000000000000000", "100000000000000000001", False),
+    ("0.1", "0.10000000000000001", False),
+    # percent is a unit, also with a decimal point
+    (r"50\%", "50.0%", True),
+    (r"50\%", "50", True),
+    ("50", r"50\%", True),
+    ("0.5", "50%", True),
+    ("50", "0.5", False),
+    ("50%", "5000%", False),
+    # units
+    ("5", r"5\text{ km}", True),
+    ("72", "72 clips", True),
+    ("5 km", "5 kilometers", True),
+    (r"5\text{ km}", r"5\text{ m}", False),
+    ("45^\\circ", "45", True),
+    (r"\$5.00", "$5", True),
+    ("101_2", "101", True),
+    ("10_2", "10_3", False),
+    # equations
+    ("5", "x=5", True),
+    ("x = 5", "5", True),
+    ("x=5", "y=5", False),
+    ("5", "2+3=5", True),
+    ("5", "2+2=5", False),
+    ("5", "x=2+3=5", True),
+    ("5", "x=2+2=5", False),
+    # order and brackets
+    ("(1,2)", "( 1, 2.0 )", True),
+    ("(1,2)", "(2,1)", False),
+    ("(1,2)", r"\{1,2\}", False),
+    ("(1,2)", r"\left(1, 2\right)", True),
+    (r"\{1,2\}", r"\{2,1\}", True),
+    ("1, 2", "2 and 1", True),
+    ("1;2", "1,2", True),
+    ("5", r"\{5\}", True),
+    ("5", r"\{\{5\}\}", False),
+    ("5", r"\{" * 300 + "5" + r"\}" * 300, False),
+    ("1,2", "1,2,3", False),
+    ("1,1,2", "1,2,2", False),
+    (r"\pm 5", "5, -5", True),
+    ("(x,y)=(1,2)", "(1,2)", True),
+    # words are words
+    ("east", r"\text{East}", True),
+    ("east", "west", False),
+    ("B", "(B)", True),
+    ("B", "(C)", False),
+    (r"1,2,\ldots", r"1,2,\ldots", True),
+    (r"1,2,\ldots", "1,2", False),
+    (r"1,2,\ldots", r"1,2,3,\ldots", False),
+    # how data sets store references
+    ("Natalia sold 48.\n#### 1,072", "1072", True),
+    (r"so it is \boxed{4}", "4", True),
+]
+
+
+@pytest.mark.parametrize(("gold", "answer", "equal"), EXACT)
+def test_exact_comparison(gold, answer, equal):
+    assert exact_verdict(rf"\boxed{{{answer}}}", gold) == (float(equal), "ok")
+
+
+@pytest.mark.parametrize("gold", ["", None, "  ", True, ["4"], r"\boxed{4", "#### ", "7" * 5000])
+def test_an_unusable_reference_is_none_whatever_the_completion(gold):
+    for text in (r"\boxed{4}", "no answer", ""):
+        assert exact_verdict(text, gold) == (None, "gold_invalid")
+
+
+@given(st.fractions(max_denominator=10**6))
+def test_every_rational_equals_its_spellings(value):
+    spellings = [f"{value.numerator}/{value.denominator}"]
+    spellings.append(rf"\frac{{{value.numerator}}}{{{value.denominator}}}")
+    spellings.append(f"{2 * value.numerator}/{2 * value.denominator}")
+    for spelling in spellings:
+        assert exact_value(spelling) == value
+        assert exact_verdict(rf"\boxed{{{spelling}}}", spellings[0])[0] == 1.0
+        near = value + Fraction(1, 10**30)
+        assert (
+            exact_verdict(rf"\boxed{{{spelling}}}", f"{near.numerator}/{near.denominator}")[0]
+            == 0.0
+        )
+
+
+@given(st.text(alphabet=r"0123456789+-*/^!(){}\fracsqt., e", max_size=40))
+def test_reading_never_raises_and_never_runs_away(text):
+    value = exact_value(text)
+    assert value is None or isinstance(value, Fraction)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "9^9^9^9",
+        "(((" * 500,
+        "2^" * 500 + "2",
+        "1/0",
+        "5000000!",
+        "3!!",
+        "0^{-1}",
+        "2 3",
+        "1e99999",
+    ],
+)
+def test_what_is_too_large_or_ambiguous_is_not_a_number(text):
+    assert exact_value(text) is None
+
+
+SYMBOLIC = [
+    (r"\sqrt{8}", r"2\sqrt2", True),
+    (r"\frac{\sqrt3}{2}", "sqrt(3)/2", True),
+    (r"2\pi", "2*pi", True),
+    ("x^2-1", "(x-1)(x+1)", True),
+    ("y=2x+1", "2x+1", True),
+    ("y=2x+1", "y=1+2x", True),
+    ("x^2+y^2=25", "25", False),
+    ("x<3", "3>x", True),
+    ("[0,1)", "[0,1]", False),
+    (r"0.1\sqrt2", r"\frac{\sqrt2}{10}", True),
+    (r"3\pm\sqrt2", r"3-\sqrt2, 3+\sqrt2", True),
+    (r"(\sqrt2, 3)", r"(3, \sqrt2)", False),
+    # Math-Verify alone accepts these: it rounds constants to six digits
+    (r"\pi", "3.141593", False),
+    (r"\sqrt2", "1.4142136", False),
+    ("10^{-9}", r"\sqrt2\cdot10^{-10}", False),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}", False),
+]
+
+
+def test_symbolic_comparison():
+    pytest.importorskip("math_verify")
+    engine = MathVerify()
+    for gold, answer, equal in SYMBOLIC:
+        verdict = judge_answer(rf"\boxed{{{answer}}}", gold, engine)
+        assert verdict == (float(equal), "ok"), (gold, answer)
+    assert judge_answer(r"\boxed{5}", r"\frac{1", engine) == (None, "gold_invalid")
+    assert judge_answer("nothing", r"\frac{1", engine) == (None, "gold_invalid")
+
+
+def test_accuracy_reward_alone_from_a_thread_leaves_the_callers_alarm_alone():
+    pytest.importorskip("math_verify")
+    completions = [r"\boxed{2\sqrt2}", r"\boxed{7}", "7", r"\boxed{\sqrt{2}}", r"\boxed{1}"]
+    solution = [r"\sqrt{8}", "7", "7", r"\sqrt{3}", r"\frac{1"]
+    wanted = [1.0, 1.0, 0.0, 0.0, None]
+    handler = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    signal.setitimer(signal.ITIMER_REAL, 1000)
+    try:
+        here = accuracy_reward(completions, solution)
+        elsewhere = []
+        thread = threading.Thread(
+            target=lambda: elsewhere.append(accuracy_reward(completions, solution))
+        )
+        thread.start()
+        thread.join()
+        assert signal.getsignal(signal.SIGALRM) is signal.SIG_IGN
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 900
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    assert here == wanted and elsewhere == [wanted]
+
+
+def test_accuracy_reward_names_the_missing_extra(monkeypatch):
+    monkeypatch.setattr("grpo_engine.rewards.symbolic.math_verify_installed", lambda: False)
+    assert accuracy_reward([r"\boxed{7}"], ["7"]) == [1.0]
+    with pytest.raises(UserError, match=r"pip install 'grpo-engine\[rewards\]'"):
+        accuracy_reward([r"\boxed{\sqrt2}"], [r"\sqrt2"])
+
+
+def test_unusable_references_are_listed_at_load_time():
+    pytest.importorskip("math_verify")
+    solutions = ["72", r"\frac{1", "", r"\sqrt{2}", None, "so #### 1,072", "east", "(1, 2)", "1;2"]
+    assert unusable_solutions(solutions) == [1, 2, 4]
+
+
+def test_accuracy_reward_refuses_unequal_lengths():
+    with pytest.raises(UserError, match="2 completions but 1 solutions"):
+        accuracy_reward(["a", "b"], ["1"])
+
+
+# --- reasoning_gym ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gym():
+    return pytest.importorskip("reasoning_gym")
+
+
+def test_the_tasks_own_scorer_decides(gym):
+    problem = gym.create_dataset("chain_sum", seed=1, size=1)[0]
+    answer = problem["answer"]
+    texts = [
+        f"<think>a</think> <answer>{answer}</answer>",
+        rf"\boxed{{{answer}}}",
+        f"<answer>{int(answer) + 1}</answer>",
+        f"<answer>{answer} or so</answer>",  # the scorers give part marks for mentioning it
+        answer,
+        f"<answer>{answer}</answer> <answer>1</answer>",
+        f"<think><answer>{answer}</answer>",
+    ]
+    scores = reasoning_gym_reward(texts, task=["chain_sum"] * 7, entry=[problem] * 7)
+    assert scores == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_a_scorer_that_raises_on_text_means_a_wrong_answer(gym):
+    problem = gym.create_dataset("prime_factorization", seed=1, size=1)[0]
+    for answer, score in (("zzz", 0.0), (problem["answer"], 1.0)):
+        assert reasoning_gym_reward(
+            [f"<answer>{answer}</answer>"], task=["prime_factorization"], entry=[problem]
+        ) == [score]
+
+
+def test_a_broken_entry_is_not_a_wrong_answer(gym):
+    with pytest.raises(ValueError, match="invalid literal"):
+        task_rewards.score_answer("zzz", "prime_factorization", {"answer": "also text"})
+
+
+@pytest.mark.parametrize(
+    ("task", "attack"),
+    [
+        ("n_queens", "__import__('os').mkdir({path!r})"),
+        ("binary_matrix", "[__import__('os').mkdir({path!r})]"),
+        ("spiral_matrix", "[x for x in [__import__('os').mkdir({path!r})]]"),
+        ("string_insertion", "(lambda: __import__('os').mkdir({path!r}))()"),
+        ("countdown", "__import__('os').mkdir({path!r})"),
+        ("simple_integration", "x + __import__('os').mkdir({path!r})"),
+    ],
+)
+def test_scorers_that_evaluate_the_answer_never_see_code(gym, tmp_path, task, attack):
+    path = tmp_path / "owned"
+    problem = gym.create_dataset(task, seed=1, size=1)[0]
+    code = attack.format(path=str(path))
+    assert reasoning_gym_reward([f"<answer>{code}</answer>"], task=[task], entry=[problem]) == [0.0]
+    assert not path.exists()
+
+
+EVALUATING_TASKS = """n_queens binary_matrix spiral_matrix string_insertion countdown puzzle24
+    simple_integration intermediate_integration polynomial_multiplication""".split()  # noqa: SIM905
+
+
+@pytest.mark.parametrize("task", EVALUATING_TASKS)
+def test_those_scorers_still_see_right_answers(gym, task):
+    problem = gym.create_dataset(task, seed=1, size=1)[0]
+    texts = [f"<answer>{problem['answer']}</answer>"]
+    assert reasoning_gym_reward(texts, task=[task], entry=[problem]) == [1.0]
+
+
+def test_the_tasks_options_reach_its_scorer(gym):
+    options = {"min_num_decimal_places": 1, "max_num_decimal_places": 1}
+    problem = gym.create_dataset("decimal_arithmetic", seed=1, size=1, **options)[0]
+    near = f"<answer>{float(problem['answer']) + 0.01:.2f}</answer>"
+    loose = reasoning_gym_reward(
+        [near], task=["decimal_arithmetic"], entry=[problem], task_args=[options]
+    )
+    strict = reasoning_gym_reward([near], task=["decimal_arithmetic"], entry=[problem])
+    assert (loose, strict) == ([1.0], [0.0])
+
+
+# --- finding and calling reward functions -------------------------------------------------------
+
+
+def reward_file(tmp_path, source):
+    path = tmp_path / "my_rewards.py"
+    path.write_text(source)
+    return f"{path}:reward"
+
+
+def call(function, **row):
+    return load_reward(function).call("q", "text", row)
+
+
+def test_trl_functions_get_the_columns_they_name(tmp_path):
+    source = (
+        "def reward(completions, solution, scale=2, **kwargs):\n"
+        "    assert kwargs['prompts'] == ['q'] and kwargs['level'] == [3]\n"
+        "    return [scale * len(c) + len(s) for c, s in zip(completions, solution)]\n"
+    )
+    function = reward_file(tmp_path, source)
+    assert call(function, solution="ab", level=3, prompt="not passed") == (10, "ok")
+    assert load_reward(function).required_columns == ("solution",)
+
+
+def test_trl_functions_without_kwargs_and_async_functions(tmp_path):
+    source = "async def reward(prompts, completions):\n    return [0.5 for _ in completions]\n"
+    assert call(reward_file(tmp_path, source), solution="ab") == (0.5, "ok")
+
+
+def test_conversational_prompts_give_conversational_completions(tmp_path):
+    source = (
+        "def reward(prompts, completions):\n    return [completions[0][0]['content'] == 'text']\n"
+    )
+    reward = load_reward(reward_file(tmp_path, source))
+    assert reward.call([{"role": "user", "content": "q"}], "text", {}) == (True, "ok")
+
+
+def test_verl_functions(tmp_path):
+    source = (
+        "def reward(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    return {'score': float((data_source, solution_str, ground_truth, extra_info)\n"
+        "                           == ('gsm8k', 'text', '4', {'i': 1}))}\n"
+    )
+    function = reward_file(tmp_path, source)
+    assert call(function, data_source="gsm8k", solution="4", extra_info={"i": 1}) == (1.0, "ok")
+    assert call(
+        function, data_source="gsm8k", reward_model={"ground_truth": "4"}, extra_info={"i": 1}
+    ) == (1.0, "ok")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("acuracy", "unknown reward 'acuracy': wanted one of accuracy, code, format, "),
+        ("no_such_module_here:fn", "cannot import 'no_such_module_here'"),
+        ("json:no_such_function", "has no function 'no_such_function'"),
+        ("absent.py:fn", "reward file 'absent.py' does not exist"),
+        ("json:dumps", "wanted TRL's"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(function, message):
+    with pytest.raises(UserError) as caught:
+        load_reward(function)
+    assert message in str(caught.value)
