@@ -85,6 +85,7 @@ def test_text_quoted_from_the_prompt_is_not_counted():
     assert share("The phrase “什么” means so", "en", prompt=prompt) < 1
     # In a prompt of another language nothing but quotations is excused.
     assert share("the answer is 三", "zh", prompt="What is the answer") == 1 / 4
+    assert share('问 "the answer" 是三', "zh", prompt="What is the answer") == 1.0
 
 
 @pytest.mark.parametrize(
