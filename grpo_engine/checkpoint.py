@@ -91,7 +91,8 @@ def save_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None], 
     _seal(partial, step)
     os.rename(partial, final)
     _fsync(output_dir)
-    for old in list_checkpoints(output_dir)[:-keep]:
+    others = [path for path in list_checkpoints(output_dir) if path != final]
+    for old in others[: max(0, len(others) - (keep - 1))]:
         shutil.rmtree(old)
     for leftover in output_dir.glob(".partial-checkpoint-*"):
         shutil.rmtree(leftover)
@@ -133,15 +134,24 @@ def verify_checkpoint(folder: Path) -> None:
             raise DamagedCheckpoint(f"{name} does not have the sha256 it was written with")
 
 
-def quarantine(folder: Path) -> Path:
-    """Rename a bad checkpoint out of the way (never delete it) and return its new path."""
-    target = folder.with_name(folder.name + ".bad")
+def quarantine(folder: Path, suffix: str = "bad") -> Path:
+    """Rename a checkpoint out of the way (never delete it) and return its new path."""
+    target = folder.with_name(f"{folder.name}.{suffix}")
     number = 1
     while target.exists():
         number += 1
-        target = folder.with_name(f"{folder.name}.bad{number}")
+        target = folder.with_name(f"{folder.name}.{suffix}{number}")
     os.rename(folder, target)
     return target
+
+
+def set_aside_later(output_dir: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after ``step``: a run resumed there makes its own."""
+    return [
+        quarantine(path, "superseded")
+        for path in list_checkpoints(output_dir)
+        if checkpoint_step(path) > step
+    ]
 
 
 def find_checkpoint(path: Path, say: Callable[[str], None]) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from grpo_engine import __version__
@@ -117,9 +118,12 @@ def _grpo(args: list[str]) -> int:
         values = load_recipe(special["recipe"])
     elif "config" in special:
         values = load_yaml(special["config"])
-    elif isinstance(resume, str):
+    elif resume is not None:
         from grpo_engine.prepare import saved_config
 
+        resume = dict(pairs).get("output_dir") if resume is True else resume
+        if resume is None:
+            raise UserError("--resume: name the run's folder")
         values = saved_config(resume)
     elif pairs:
         values = {}
@@ -128,6 +132,13 @@ def _grpo(args: list[str]) -> int:
             "grpo: needs --recipe NAME, --config FILE.yaml, --resume DIR or --field value flags"
         )
     config = build_config(apply_overrides(values, pairs))
+    if isinstance(resume, str) and "output_dir" in dict(pairs):
+        from grpo_engine.prepare import run_folder
+
+        if run_folder(resume).resolve() != Path(config.output_dir).resolve():
+            raise UserError(
+                f"--resume {resume} --output_dir {config.output_dir}: a run continues in its folder"
+            )
     from grpo_engine.train import train_grpo
 
     return train_grpo(

@@ -21,7 +21,9 @@ from grpo_engine.types import UserError
 class GRPOConfig(BaseModel):
     """Everything a GRPO run depends on; the resolved copy is saved as ``config.yaml``."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     # --- what to train on -----------------------------------------------------------------------
     model: str = Field(
@@ -81,8 +83,10 @@ class GRPOConfig(BaseModel):
     )
     top_p: float = Field(1.0)
     top_k: int = Field(0, ge=0, description="0 = all")
-    generator: Literal["hf"] = Field("hf", description="rollout back end")
     generation_batch_size: int = Field(512, ge=1, description="most sequences decoded at once")
+    generation_batch_tokens: int = Field(
+        1_048_576, ge=1, description="most tokens (prompts + caps) the sampler's cache may hold"
+    )
 
     # --- update ---------------------------------------------------------------------------------
     max_steps: int = Field(10_400, ge=1, description="optimiser steps (paper: 10,400)")
@@ -102,6 +106,17 @@ class GRPOConfig(BaseModel):
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
+
+    # --- LoRA (needs peft) ----------------------------------------------------------------------
+    lora_r: int | None = Field(
+        None, ge=1, description="rank of an adapter trained in place of the weights; null = none"
+    )
+    lora_alpha: int | None = Field(
+        None, ge=1, description="the adapter counts lora_alpha / lora_r; default 2 x lora_r"
+    )
+    lora_target_modules: str | list[str] = Field(
+        "all-linear", description="layers with an adapter: all-linear (but the head), or names"
+    )
 
     # --- loss (see grpo_engine.kernels.grpo_loss) ------------------------------------------------
     loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "gspo"] = "grpo"
@@ -164,7 +179,12 @@ class GRPOConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> GRPOConfig:
-        for problems in (self._sampling_problems, self._batch_problems, self._loss_problems):
+        for problems in (
+            self._sampling_problems,
+            self._batch_problems,
+            self._lora_problems,
+            self._loss_problems,
+        ):
             for problem in problems():
                 raise ValueError(problem)
         return self
@@ -183,6 +203,14 @@ class GRPOConfig(BaseModel):
             value = getattr(self, name)
             if not 0 < value <= 1:
                 yield f"{name}={value}: must be in (0, 1]"
+
+        truncated = self.top_p < 1 or self.top_k > 0
+        if truncated and self.old_logprobs == "sampler" and self.updates_per_rollout > 1:
+            yield (
+                f"old_logprobs='sampler': with top_p={self.top_p}, top_k={self.top_k} the "
+                "sampler's log-probs are of a truncated distribution, the trainer's are not; "
+                "use 'recompute'"
+            )
 
     def _batch_problems(self) -> Iterator[str]:
         outputs = self.prompts_per_generation * self.num_generations
@@ -203,6 +231,13 @@ class GRPOConfig(BaseModel):
                 f"max_tokens_per_microbatch={self.max_tokens_per_microbatch}: one sequence may "
                 f"have {longest} tokens (max_prompt_length + max_completion_length)"
             )
+
+    def _lora_problems(self) -> Iterator[str]:
+        if self.lora_r is None:
+            for name in ("lora_alpha", "lora_target_modules"):
+                value = getattr(self, name)
+                if value != type(self).model_fields[name].default:
+                    yield f"{name}={value!r}: has no meaning without lora_r"
 
     def _loss_problems(self) -> Iterator[str]:
         weights, every = self.reward_weights, self.ref_model_sync_steps
@@ -237,6 +272,22 @@ class GRPOConfig(BaseModel):
         caps = self.completion_caps()
         return caps[max(s for s in caps if s <= step)]
 
+    def loss_options(self) -> dict[str, Any]:
+        """The options of ``grpo_engine.kernels.grpo_loss``, under its names."""
+        return {
+            "loss_type": self.loss_type,
+            "importance_level": self.importance_sampling_level,
+            "epsilon": self.epsilon,
+            "epsilon_high": self.epsilon_high,
+            "delta": self.delta,
+            "beta": self.beta,
+            "kl_estimator": self.kl_estimator,
+            "kl_bias_correction": self.use_bias_correction_kl,
+            "is_correction": self.is_correction,
+            "is_clip": self.is_clip,
+            "entropy_coef": self.entropy_coef,
+        }
+
     @property
     def updates_per_rollout(self) -> int:
         return self.steps_per_generation * self.num_iterations
@@ -261,10 +312,13 @@ def load_recipe(name: str) -> dict[str, Any]:
 
 
 def load_yaml(path: str) -> dict[str, Any]:
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"--config {path}: no such file")
-    return _parse_yaml(file.read_text(encoding="utf-8"), f"--config {path}")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"--config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read ({error})") from error
+    return _parse_yaml(text, f"--config {path}")
 
 
 def _parse_yaml(text: str, where: str) -> dict[str, Any]:
@@ -283,7 +337,7 @@ def apply_overrides(values: dict[str, Any], overrides: list[tuple[str, str]]) ->
     merged = dict(values)
     for name, text in overrides:
         try:
-            value = yaml.safe_load(text)
+            value = text if _is_text(name) and text != "null" else yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise UserError(
                 f"--{name} {text}: not a valid value ({' '.join(str(error).split())})"
@@ -301,6 +355,12 @@ def apply_overrides(values: dict[str, Any], overrides: list[tuple[str, str]]) ->
     return merged
 
 
+def _is_text(name: str) -> bool:
+    """Whether the field holds text, which YAML would turn into a date or a number."""
+    field = GRPOConfig.model_fields.get(name)
+    return field is not None and field.annotation in (str, str | None)
+
+
 def build_config(values: dict[str, Any]) -> GRPOConfig:
     """Validate; every problem becomes one ``UserError`` line naming field and value."""
     fields = GRPOConfig.model_fields
@@ -313,14 +373,13 @@ def build_config(values: dict[str, Any]) -> GRPOConfig:
         return GRPOConfig(**values)
     except ValidationError as error:
         first, *others = error.errors()
-        field = ".".join(str(part) for part in first["loc"])
+        field = str(first["loc"][0]) if first["loc"] else ""
         message = first["msg"].removeprefix("Value error, ")
         line = f"--{field} {first['input']!r}: {message}" if field else message
         more = f" (and {len(others)} more)" if others else ""
         raise UserError(line + more) from error
 
 
-def save_config(config: GRPOConfig, path: Path) -> None:
-    path.write_text(
-        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    )
+def config_text(config: GRPOConfig) -> str:
+    """The resolved configuration as YAML; ``build_config`` reads it back the same."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -31,6 +31,7 @@ from grpo_engine.config import GRPOConfig
 from grpo_engine.data import PromptOrder
 from grpo_engine.generation.base import Generator
 from grpo_engine.kernels import LossMetrics, linear_grpo_loss, linear_logprobs, plan_batches
+from grpo_engine.lora import ADAPTER_FOLDER, read_adapter
 from grpo_engine.metrics import Stopwatch
 from grpo_engine.policy import Policy
 from grpo_engine.rewards import RewardPool
@@ -112,7 +113,7 @@ class GRPORun:
             top_p=config.top_p,
             top_k=config.top_k,
         )
-        with self.watch.phase("generate"), self._autocast():
+        with self.watch.phase("generate"), self.autocast():
             rollouts = sample_rollouts(
                 self.generator,
                 self.policy.tokenizer,
@@ -129,6 +130,7 @@ class GRPORun:
             device=self.policy.device,
             drop_dead=not config.beta and not config.entropy_coef,
             mask_truncated=config.mask_truncated_completions,
+            max_completion_length=sampling.max_completion_length,
         )
         self._fill_fixed_logprobs(arrays)
         arrays.order = split_mini_batches(
@@ -179,7 +181,9 @@ class GRPORun:
         hidden = policy.hidden_states(
             packed.token_ids, packed.position_ids, packed.cu_seqlens, packed.max_seqlen
         )
-        return hidden.index_select(0, batch.rows)
+        hidden = hidden.index_select(0, batch.rows)
+        # Under autocast the final norm returns fp32, and the head's GEMMs are the largest of all.
+        return hidden.bfloat16() if self.config.bf16 else hidden
 
     def _head_options(self, policy: Policy, hidden: Tensor) -> dict[str, Any]:
         head = policy.head
@@ -198,7 +202,7 @@ class GRPORun:
         starts = torch.as_tensor(np.concatenate([[0], np.cumsum(arrays.completion_lengths)]))
         everything = np.arange(len(arrays.completion_lengths))
         for chosen, batch in self._micro_batches(arrays, everything):
-            with self._autocast():
+            with self.autocast():
                 hidden = self._hidden(policy, batch)
             values = linear_logprobs(
                 hidden, token_ids=batch.completions.token_ids, **self._head_options(policy, hidden)
@@ -273,7 +277,7 @@ class GRPORun:
         total, merged = 0.0, None
         if denominator:
             for _, batch in self._micro_batches(arrays, mini_batch):
-                with self._autocast():
+                with self.autocast():
                     hidden = self._hidden(self.policy, batch)
                 loss, metrics, _ = self._loss(hidden, batch, denominator)
                 loss.backward()
@@ -293,18 +297,7 @@ class GRPORun:
             cu_seqlens=batch.completions.cu_seqlens,
             ref_logprobs=fields.get("ref_logprobs"),
             sampler_logprobs=fields["sampler_logprobs"],
-            loss_type=config.loss_type,
-            importance_level=config.importance_sampling_level,
-            epsilon=config.epsilon,
-            epsilon_high=config.epsilon_high,
-            delta=config.delta,
-            beta=config.beta,
-            kl_estimator=config.kl_estimator,
-            kl_bias_correction=config.use_bias_correction_kl,
-            is_correction=config.is_correction,
-            is_clip=config.is_clip,
-            entropy_coef=config.entropy_coef,
-            max_completion_length=config.completion_cap(self.step),
+            **config.loss_options(),
             denominator=denominator,
             return_entropy=True,
             **self._head_options(self.policy, hidden),
@@ -317,8 +310,8 @@ class GRPORun:
         if self.config.loss_type in ("grpo", "sapo", "gspo"):
             return float(len(counted))
         if self.config.loss_type == "dr_grpo":
-            return float(len(counted) * self.config.completion_cap(self.step))
-        return float(arrays.completion_lengths[counted].sum())
+            return float(len(counted) * arrays.max_completion_length)
+        return float(arrays.completion_lengths[counted[arrays.kept[counted]]].sum())
 
     def _guard_finite(self, finite: bool, grad_norm: float, loss: float) -> None:
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
@@ -350,7 +343,7 @@ class GRPORun:
             self.reference.copy_weights_from(self.policy)
             self.reference_step = self.step
 
-    def _autocast(self) -> Any:
+    def autocast(self) -> Any:
         if not self.config.bf16:
             return nullcontext()
         return torch.autocast(self.policy.device.type, dtype=torch.bfloat16)
@@ -366,7 +359,7 @@ class GRPORun:
         save_file(self._optimizer_tensors(), trainer / "optimizer.safetensors")
         if self.reference is not None and self.reference_step > 0:
             reference = {
-                n: p.detach().cpu().contiguous() for n, p in self.reference.model.named_parameters()
+                n: p.detach().cpu().contiguous() for n, p in self.reference.weights().items()
             }
             save_file(reference, trainer / "reference.safetensors")
         if self.arrays is not None:
@@ -375,18 +368,17 @@ class GRPORun:
         (trainer / "state.json").write_text(json.dumps(state, indent=1))
 
     def read_checkpoint(self, folder: Path) -> None:
-        """Bring a freshly built run (policy loaded from ``folder``) to the state that was saved
-        there."""
+        """Bring a freshly built run (policy loaded from ``folder``; with LoRA it is the base still,
+        its adapter is loaded here) to the state that was saved there."""
         trainer, device = folder / TRAINER_FOLDER, self.policy.device
         state = json.loads((trainer / "state.json").read_text())
         for name in COUNTERS:
             setattr(self, name, state[name])
+        if self.policy.adapter is not None:
+            self.policy.load_weights(read_adapter(folder / ADAPTER_FOLDER))
         self._load_optimizer(load_file(trainer / "optimizer.safetensors"))
         if (trainer / "reference.safetensors").exists():
-            saved = load_file(trainer / "reference.safetensors")
-            with torch.no_grad():
-                for name, parameter in self.reference.model.named_parameters():
-                    parameter.copy_(saved[name])
+            self.reference.load_weights(load_file(trainer / "reference.safetensors"))
         if (trainer / "rollout.safetensors").exists():
             self.arrays = RolloutArrays.from_tensors(
                 load_file(trainer / "rollout.safetensors"), device

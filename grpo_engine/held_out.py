@@ -14,8 +14,10 @@ from grpo_engine.types import SamplingParams
 class HeldOut:
     """Accuracy on problems the policy is not trained on: the same problems and seeds every time."""
 
-    def __init__(self, config: GRPOConfig, prompts: list[Prompt], pool: RewardPool) -> None:
-        self.config, self.prompts, self.pool = config, prompts, pool
+    def __init__(
+        self, config: GRPOConfig, prompts: list[Prompt], pool: RewardPool, reward: str
+    ) -> None:
+        self.config, self.prompts, self.pool, self.reward = config, prompts, pool, reward
 
     def evaluate(self, run: GRPORun) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """({"eval/accuracy", ...}, one row per problem). A problem whose reward could not be
@@ -26,7 +28,7 @@ class HeldOut:
             temperature=config.eval_temperature,
             top_p=config.eval_top_p,
         )
-        with run.watch.phase("eval"):
+        with run.watch.phase("eval"), run.autocast():
             rollouts = sample_rollouts(
                 run.generator,
                 run.policy.tokenizer,
@@ -35,7 +37,7 @@ class HeldOut:
                 sampling,
                 (config.seed, "eval"),
             )
-            correct = score_rollouts(self.pool, rollouts).scores[config.eval_reward]
+            correct = score_rollouts(self.pool, rollouts).scores[self.reward]
         known = [c for c in correct if c is not None]
         lengths = [len(r.completion_ids) for r in rollouts]
         cut = [r.finish_reason == "length" for r in rollouts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -48,6 +49,8 @@ class Interrupt:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
         self.signum = signum
+        # print is not safe in a signal handler; the run may be in the middle of one
+        os.write(2, b"\ngrpo-engine: stopping at the next safe point; once more ends it at once\n")
         if self._abortable:
             raise StopRequested
 

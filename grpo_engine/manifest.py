@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from grpo_engine import __version__
+from grpo_engine.lora import base_tensors
 from grpo_engine.metrics import write_atomically
 
 PACKAGES = (
@@ -22,6 +23,7 @@ PACKAGES = (
     "transformers",
     "tokenizers",
     "triton",
+    "peft",
     "numpy",
     "reasoning-gym",
     "math-verify",
@@ -36,11 +38,14 @@ def rows_sha256(rows: list[dict[str, Any]]) -> str:
 
 
 def code_version() -> str:
-    """Package version, and the commit when run from a checkout."""
+    """Package version, and the commit when run from a checkout of this project."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return __version__
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
+            cwd=root,
             capture_output=True,
             text=True,
             check=True,
@@ -68,9 +73,9 @@ class Manifest:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """One hash over the names and bytes of all parameters."""
+    """One hash over the names and bytes of all parameters, adapters left out."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in base_tensors(model.named_parameters()):
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

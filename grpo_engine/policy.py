@@ -8,7 +8,8 @@ layer, as it would a mask, gradient checkpointing included, and our attention fu
 ordinary forward or ``generate`` of the same model object gets an ordinary mask and sdpa.
 
 Logits never exist here: ``hidden_states`` ends at the final norm and ``head`` says how the model
-turns those into logits, for the fused loss.
+turns those into logits, for the fused loss. With LoRA the policy is an adapter in the model
+(``grpo_engine.lora``) and its frozen copies are further ones.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -41,6 +43,7 @@ from grpo_engine.kernels.attention import (
     plan_buckets,
     varlen_attention,
 )
+from grpo_engine.lora import ADAPTER_FOLDER, Adapter, LoraOptions
 from grpo_engine.models.load import load_model
 from grpo_engine.types import UserError
 
@@ -201,15 +204,19 @@ class Policy:
         attention: str = "auto",
         gradient_checkpointing: bool = False,
         trainable: bool = True,
+        lora: LoraOptions | None = None,
     ) -> None:
         if attention not in ATTENTION_BACKENDS:
             raise UserError(f"attention must be one of {ATTENTION_BACKENDS}, got {attention!r}")
         if attention == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
             raise UserError("attention: 'flash-attn' is not installed (pip install flash-attn)")
+        if lora is not None and not trainable:
+            raise ValueError("lora: trainable=False leaves it nothing to train")
         _refuse_unpackable(model)
         self.model = model
         self.tokenizer = tokenizer
         self.attention = attention
+        self.adapter = None if lora is None else Adapter.attach(model, lora)
         self._adopt(gradient_checkpointing, trainable)
         self._require_self_test()
 
@@ -223,12 +230,15 @@ class Policy:
         attention: str = "auto",
         gradient_checkpointing: bool = False,
         trainable: bool = True,
+        lora: LoraOptions | None = None,
     ) -> Policy:
         """Load a local directory, a Hugging Face id, "miniature" or "smollm2-135m-instruct".
 
+        With ``lora`` an adapter is trained in place of the weights.
+
         Raises UserError naming the field: a folder that is missing or cut short, no tokenizer, no
         end-of-sequence token, an unknown dtype, a device that is not there, blocks that cannot be
-        packed.
+        packed, a layer that cannot have an adapter.
         """
         if dtype not in DTYPES:
             raise UserError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
@@ -240,6 +250,7 @@ class Policy:
             attention=attention,
             gradient_checkpointing=gradient_checkpointing,
             trainable=trainable,
+            lora=lora,
         )
         if not policy.eos_ids:
             raise UserError(f"model: {model!r} names no end-of-sequence token")
@@ -262,7 +273,9 @@ class Policy:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        model.requires_grad_(trainable)
+        model.requires_grad_(False)
+        for parameter in self.weights().values():
+            parameter.requires_grad_(trainable)
         model.eval()
         if gradient_checkpointing and trainable:
             # transformers 5 renamed it and warns about the old name.
@@ -333,7 +346,7 @@ class Policy:
             max_seqlen: tokens of the longest sequence, a host int.
         """
         pack = SequencePack(cu_seqlens, max_seqlen, self.attention)
-        with routed_attention(lambda window: PackMask(pack, window)):
+        with self.active(), routed_attention(lambda window: PackMask(pack, window)):
             out = self._base(
                 input_ids=token_ids[None],
                 position_ids=position_ids[None],
@@ -343,30 +356,64 @@ class Policy:
             )
         return out.last_hidden_state[0]
 
+    @torch.no_grad()
+    def first_not_finite(self) -> str | None:
+        """Name of a trained parameter that holds a NaN or infinity; None if all are finite."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not bool(parameter.isfinite().all()):
+                return name
+        return None
+
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write a Hugging Face directory: safetensors, config, tokenizer."""
-        self.model.save_pretrained(path)
+        """Write a Hugging Face directory: safetensors, config, tokenizer. With LoRA these are the
+        merged weights, and the adapter is under ``adapter/``."""
+        merged = None if self.adapter is None else self.adapter.merged_state_dict()
+        self.model.save_pretrained(path, state_dict=merged)
+        if self.adapter is not None:
+            self.adapter.save(Path(path) / ADAPTER_FOLDER)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(path)
 
+    def active(self) -> AbstractContextManager[None]:
+        """Where ``model`` is called directly: makes it compute this policy, and not another one
+        that lives in the same model (LoRA)."""
+        return nullcontext() if self.adapter is None else self.adapter.active()
+
     def frozen_copy(self) -> Policy:
-        """A copy of the weights as they are now that takes no gradient: the reference policy."""
+        """The weights as they are now, taking no gradient: the reference policy. With LoRA it
+        shares the model and copies the adapter only."""
         frozen = copy.copy(self)
-        frozen.model = copy.deepcopy(self.model).requires_grad_(False).eval()
+        if self.adapter is not None:
+            frozen.adapter = self.adapter.frozen_copy()
+        else:
+            frozen.model = copy.deepcopy(self.model).requires_grad_(False).eval()
         return frozen
 
-    @torch.no_grad()
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The live parameters that make this policy: all of the model's, or its adapter's."""
+        if self.adapter is not None:
+            return self.adapter.parameters()
+        return dict(self.model.named_parameters())
+
     def copy_weights_from(self, other: Policy) -> None:
         """Make our weights those of ``other``, in place. Raises ValueError if shapes differ."""
-        ours, theirs = self.model.state_dict(), other.model.state_dict()
-        if ours.keys() != theirs.keys():
-            raise ValueError(f"the policies differ in {sorted(ours.keys() ^ theirs.keys())[:3]}")
+        self.load_weights(other.weights())
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy ``weights``, named as ours, into ours. Raises ValueError if names or shapes
+        differ."""
+        ours = self.weights()
+        if ours.keys() != weights.keys():
+            raise ValueError(f"the policies differ in {sorted(ours.keys() ^ weights.keys())[:3]}")
         for name, tensor in ours.items():
-            if tensor.shape != theirs[name].shape:
+            if tensor.shape != weights[name].shape:
                 raise ValueError(
-                    f"{name}: {tuple(tensor.shape)} here, {tuple(theirs[name].shape)} there"
+                    f"{name}: {tuple(tensor.shape)} here, {tuple(weights[name].shape)} there"
                 )
-            tensor.copy_(theirs[name])
+            tensor.copy_(weights[name])
+        if self.adapter is not None:
+            self.adapter.weights_changed()
 
     def _require_self_test(self) -> None:
         name = type(self.model).__name__
@@ -410,12 +457,13 @@ def packing_error(policy: Policy, lengths: tuple[int, ...] = (5, 9, 2), seed: in
         packed = packed * head.logit_scale
     if head.logit_softcap is not None:
         packed = head.logit_softcap * torch.tanh(packed / head.logit_softcap)
-    alone = torch.cat(
-        [
-            policy.model(input_ids=ids[None, start:end], use_cache=False).logits[0].float()
-            for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
-        ]
-    )
+    with policy.active():
+        alone = torch.cat(
+            [
+                policy.model(input_ids=ids[None, start:end], use_cache=False).logits[0].float()
+                for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+            ]
+        )
     scale = alone.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     return ((packed - alone).abs().max() / scale).item()
 

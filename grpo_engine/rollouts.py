@@ -123,7 +123,9 @@ class RolloutArrays:
     prompt_lengths: np.ndarray  # [R] int64
     completion_lengths: np.ndarray  # [R] int64
     counted: np.ndarray  # [R] bool: scorable, so part of the loss's denominator
+    kept: np.ndarray  # [R] bool: not masked for being cut by the cap
     live: np.ndarray  # [R] bool: has a gradient, so worth a forward pass
+    max_completion_length: int  # the cap it was sampled under
     token_ids: Tensor  # [sum(prompt + completion)] int64
     completion_ids: Tensor  # [T] int64
     sampler_logprobs: Tensor  # [T] fp32
@@ -136,24 +138,31 @@ class RolloutArrays:
 
     @classmethod
     def from_rollouts(
-        cls, rollouts: list[Rollout], *, device: torch.device, drop_dead: bool, mask_truncated: bool
+        cls,
+        rollouts: list[Rollout],
+        *,
+        device: torch.device,
+        drop_dead: bool,
+        mask_truncated: bool,
+        max_completion_length: int,
     ) -> RolloutArrays:
         """``drop_dead``: groups whose rewards are all equal have zero advantage; without a KL or
         entropy term their gradient is exactly zero, and they are never packed (they still count in
         the denominator)."""
         counted = np.array([r.reward is not None for r in rollouts])
-        live = counted.copy()
+        kept = np.array([not mask_truncated or r.finish_reason == "stop" for r in rollouts])
+        live = counted & kept
         if drop_dead:
             live &= np.array([r.advantage != 0.0 for r in rollouts])
-        if mask_truncated:
-            live &= np.array([r.finish_reason == "stop" for r in rollouts])
         completion_ids = [t for r in rollouts for t in r.completion_ids]
         token_ids = [t for r in rollouts for t in (*r.prompt_ids, *r.completion_ids)]
         return cls(
             prompt_lengths=np.array([len(r.prompt_ids) for r in rollouts]),
             completion_lengths=np.array([len(r.completion_ids) for r in rollouts]),
             counted=counted,
+            kept=kept,
             live=live,
+            max_completion_length=max_completion_length,
             token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
             completion_ids=torch.tensor(completion_ids, dtype=torch.int64, device=device),
             sampler_logprobs=torch.tensor(
@@ -205,10 +214,11 @@ class RolloutArrays:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> RolloutArrays:
-        on_host = ("prompt_lengths", "completion_lengths", "counted", "live")
+        on_host = ("prompt_lengths", "completion_lengths", "counted", "kept", "live")
         values: dict[str, Any] = {name: tensors[name].numpy() for name in on_host}
+        values["max_completion_length"] = int(tensors["max_completion_length"])
         for f in fields(cls):
-            if f.name not in on_host and f.name in tensors:
+            if f.name not in values and f.name in tensors:
                 values[f.name] = tensors[f.name].to(device)
         order = [tensors[name].numpy() for name in sorted(tensors) if name.startswith("order.")]
         return cls(**values, order=order)
@@ -236,13 +246,13 @@ def rollout_metrics(
     report: RewardReport,
     arrays: RolloutArrays,
     num_generations: int,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """What metrics.jsonl says of a rollout (TRL's names). Means are over scored rollouts."""
     lengths = arrays.completion_lengths
     rewards = np.array([np.nan if r.reward is None else r.reward for r in rollouts])
     groups = rewards.reshape(-1, num_generations)
     spread = np.array([np.ptp(g[~np.isnan(g)]) if (~np.isnan(g)).any() else 0.0 for g in groups])
-    rows: dict[str, float] = {
+    rows: dict[str, Any] = {
         "completions/mean_length": float(lengths.mean()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(
@@ -262,4 +272,9 @@ def rollout_metrics(
             rows[f"rewards/{name}/mean"] = float(np.mean(values))
             rows[f"rewards/{name}/std"] = float(np.std(values))
         rows[f"rewards/{name}/error_rate"] = report.error_rate(name)
+        for outcome, count in report.outcomes[name].items():
+            if outcome != "ok":
+                rows[f"rewards/{name}/outcome/{outcome}"] = count / len(rollouts)
+        if name in report.first_errors:
+            rows[f"rewards/{name}/first_error"] = report.first_errors[name]
     return rows

@@ -116,6 +116,55 @@ def test_resume_from_nothing_from_damage_and_as_another_run(inputs, tmp_path, ca
     assert "no checkpoint" in refused(capsys, ["--resume", str(run)])
 
 
+def test_overwrite_does_not_delete_its_own_input(inputs, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["grpo", *flags(inputs, run)]) == 0
+    capsys.readouterr()
+    argv = flags(inputs, run, model=run / "checkpoint-1")
+    message = refused(capsys, [*argv, "--overwrite"])
+    assert "--overwrite" in message and "checkpoint-1" in message
+    assert (run / "checkpoint-1" / "model.safetensors").exists()
+
+
+def test_resume_notices_that_the_data_changed(inputs, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    shutil.copy(inputs / "good.jsonl", rows)
+    run = tmp_path / "run"
+    assert main(["grpo", *flags(inputs, run, dataset=rows)]) == 0
+    capsys.readouterr()
+    rows.write_text(json.dumps({"prompt": "2+2=", "solution": "4"}) + "\n")
+    message = refused(capsys, ["--resume", str(run), "--max_steps", "2"])
+    assert "rows.jsonl" in message and "changed" in message
+    assert (run / "checkpoint-1").is_dir()
+
+
+def test_resume_in_another_folder_is_refused(inputs, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["grpo", *flags(inputs, run)]) == 0
+    capsys.readouterr()
+    message = refused(capsys, ["--resume", str(run), "--output_dir", str(tmp_path / "other")])
+    assert "output_dir" in message and "other" in message
+    assert main(["grpo", "--resume", "--output_dir", str(run), "--max_steps", "2"]) == 0
+
+
+def test_no_usable_solution_is_an_error(inputs, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "1+1=", "solution": ""}) + "\n")
+    message = refused(capsys, flags(inputs, tmp_path / "run", dataset=rows))
+    assert "accuracy" in message and "solution" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_dates_and_numbers_are_text_where_text_is_wanted(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["grpo", *flags(inputs, "2026-11-20"), "--dry-run"]) == 0
+
+
+def test_config_that_is_not_text(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "c.yaml" in refused(capsys, ["--config", str(tmp_path / "c.yaml")])
+
+
 def test_dry_run_writes_nothing(inputs, tmp_path, capsys):
     assert main(["grpo", *flags(inputs, tmp_path / "run"), "--dry-run"]) == 0
     assert "1 prompts x 2 = 2 outputs" in capsys.readouterr().out

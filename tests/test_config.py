@@ -6,9 +6,9 @@ from grpo_engine.config import (
     GRPOConfig,
     apply_overrides,
     build_config,
+    config_text,
     load_recipe,
     recipe_names,
-    save_config,
 )
 from grpo_engine.types import UserError
 
@@ -29,7 +29,7 @@ def test_the_paper_preset_has_the_papers_numbers():
 
 def test_saved_config_reads_back_the_same(tmp_path):
     config = build_config(load_recipe("r1-zero"))
-    save_config(config, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(config_text(config))
     assert build_config(yaml.safe_load((tmp_path / "config.yaml").read_text())) == config
 
 

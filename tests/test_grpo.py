@@ -20,7 +20,7 @@ from tiny_model import make_tiny_model
 from grpo_engine.checkpoint import list_checkpoints, verify_checkpoint
 from grpo_engine.config import build_config
 from grpo_engine.generation.hf import HFGenerator
-from grpo_engine.grpo import GRPORun, RunAborted
+from grpo_engine.grpo import GRPORun, RunAborted, linear_grpo_loss
 from grpo_engine.metrics import read_metrics
 from grpo_engine.policy import Policy
 from grpo_engine.rewards import RewardPool, RewardSpec
@@ -116,7 +116,11 @@ def gradients(
     run: GRPORun, rollouts: list[Rollout], drop_dead: bool
 ) -> tuple[float, dict[str, torch.Tensor]]:
     arrays = RolloutArrays.from_rollouts(
-        rollouts, device=run.policy.device, drop_dead=drop_dead, mask_truncated=False
+        rollouts,
+        device=run.policy.device,
+        drop_dead=drop_dead,
+        mask_truncated=False,
+        max_completion_length=12,
     )
     run._fill_fixed_logprobs(arrays)
     loss, _ = run._gradients(arrays, np.arange(len(rollouts)))
@@ -159,7 +163,11 @@ def test_dropping_dead_groups_does_not_change_the_gradient(inputs, loss_type):
     assert dropped_loss == pytest.approx(kept_loss, rel=1e-5, abs=1e-7)
     assert_same_gradients(kept, dropped)
     arrays = RolloutArrays.from_rollouts(
-        rollouts, device=run.policy.device, drop_dead=True, mask_truncated=False
+        rollouts,
+        device=run.policy.device,
+        drop_dead=True,
+        mask_truncated=False,
+        max_completion_length=12,
     )
     assert arrays.live.reshape(4, 4).any(axis=1).tolist() == [True, False, True, False]
 
@@ -172,7 +180,11 @@ def test_an_unscorable_rollout_is_left_out_of_baseline_and_denominator(inputs):
     assert rollouts[0].advantage == pytest.approx(float(expected), rel=1e-5)
     assert rollouts[2].advantage == 0.0
     arrays = RolloutArrays.from_rollouts(
-        rollouts, device=run.policy.device, drop_dead=True, mask_truncated=False
+        rollouts,
+        device=run.policy.device,
+        drop_dead=True,
+        mask_truncated=False,
+        max_completion_length=12,
     )
     assert run._denominator(arrays, np.arange(4)) == 3.0
 
@@ -181,7 +193,11 @@ def test_a_dead_mini_batch_still_takes_its_optimiser_step(inputs):
     run = make_run(inputs, beta=0.0, prompts_per_generation=1, steps_per_generation=1)
     rollouts = fake_rollouts(run, [1.0] * 4)
     arrays = RolloutArrays.from_rollouts(
-        rollouts, device=run.policy.device, drop_dead=True, mask_truncated=False
+        rollouts,
+        device=run.policy.device,
+        drop_dead=True,
+        mask_truncated=False,
+        max_completion_length=12,
     )
     arrays.order = split_mini_batches(4, 1, 1, 0)
     run.begin(arrays, {})
@@ -210,7 +226,11 @@ def test_not_finite_updates_are_skipped_then_stop_the_run(inputs):
     run = make_run(inputs, steps_per_generation=4)
     rollouts = fake_rollouts(run, MIXED)
     arrays = RolloutArrays.from_rollouts(
-        rollouts, device=run.policy.device, drop_dead=False, mask_truncated=False
+        rollouts,
+        device=run.policy.device,
+        drop_dead=False,
+        mask_truncated=False,
+        max_completion_length=12,
     )
     run._fill_fixed_logprobs(arrays)
     arrays.advantages[:] = math.nan
@@ -306,7 +326,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(inputs, tmp_path, 
 def test_signals_save_and_exit_and_the_run_can_be_continued(inputs, tmp_path, signum):
     flags = []
     for name, value in settings(inputs, tmp_path, max_steps=5000, save_steps=5000).items():
-        flags += [f"--{name}", json.dumps(value)]
+        flags += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     command = [sys.executable, "-m", "grpo_engine.cli", "grpo"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     child = subprocess.Popen(
@@ -331,3 +351,100 @@ def test_signals_save_and_exit_and_the_run_can_be_continued(inputs, tmp_path, si
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, step + 3))
+
+
+# -- what goes wrong in the middle -----------------------------------------------------------------
+
+FAILING = """
+calls = 0
+
+def fails_later(prompts, completions, **columns):
+    global calls
+    calls += len(completions)
+    if calls > 40:
+        raise RuntimeError("the judge is gone")
+    return [completion.count("a") / max(1, len(completion)) for completion in completions]
+"""
+
+
+def test_a_reward_that_fails_later_loses_no_finished_step(inputs, tmp_path, capsys):
+    (inputs / "failing.py").write_text(FAILING)
+    functions = [f"{inputs / 'failing.py'}:fails_later"]
+    changes = {"reward_funcs": functions, "steps_per_generation": 1, "save_steps": 100}
+    config = build_config(settings(inputs, tmp_path, **changes))
+    assert train_grpo(config) == 1
+    last = read_metrics(tmp_path)[-1]["step"]
+    assert last > 1 and [p.name for p in list_checkpoints(tmp_path)] == [f"checkpoint-{last}"]
+    assert json.loads((tmp_path / "manifest.json").read_text())["status"] == "failed"
+    assert "the judge is gone" in capsys.readouterr().out
+    assert (tmp_path / "report.html").exists()
+
+
+def test_weights_that_are_not_finite_never_replace_a_good_checkpoint(inputs, tmp_path, capsys):
+    """A huge step makes weights whose logits are NaN."""
+    changes = {"steps_per_generation": 1, "save_steps": 1, "save_total_limit": 1, "beta": 0.0}
+    config = build_config(settings(inputs, tmp_path, **changes, max_steps=2))
+    assert train_grpo(config) == 0
+    run = build_config(settings(inputs, tmp_path, **changes, max_steps=6))
+
+    def poison(self):
+        row = update(self)
+        if self.step == 3:
+            self.policy.model.lm_head.weight.data[5] = math.nan
+        return row
+
+    update = GRPORun.update
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GRPORun, "update", poison)
+        assert train_grpo(run, resume=str(tmp_path)) == 1
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert "not finite" in capsys.readouterr().out
+
+
+def test_resuming_an_older_checkpoint_sets_the_later_ones_aside(inputs, tmp_path):
+    changes = {"save_steps": 2, "save_total_limit": 5}
+    assert train_grpo(build_config(settings(inputs, tmp_path, **changes))) == 0
+    started = json.loads((tmp_path / "manifest.json").read_text())["started"]
+    again = build_config(settings(inputs, tmp_path, **changes, max_steps=3))
+    assert train_grpo(again, resume=str(tmp_path / "checkpoint-2")) == 0
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+    assert (tmp_path / "checkpoint-6.superseded").is_dir()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["started"] == started and manifest["resumed"][0]["from"] == "checkpoint-2"
+
+
+def test_bf16_and_gradient_checkpointing_run_and_the_head_gets_bf16(inputs, tmp_path, monkeypatch):
+    seen = set()
+
+    def spy(hidden, **arguments):
+        seen.add((hidden.dtype, arguments["weight"].dtype))
+        return linear_grpo_loss(hidden, **arguments)
+
+    monkeypatch.setattr("grpo_engine.grpo.linear_grpo_loss", spy)
+    changes = {"bf16": True, "gradient_checkpointing": True, "max_steps": 2}
+    assert train_grpo(build_config(settings(inputs, tmp_path, **changes))) == 0
+    assert seen == {(torch.bfloat16, torch.bfloat16)}
+    weights = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bf16", [False, True])
+def test_trains_and_resumes_on_a_gpu(inputs, tmp_path, bf16):
+    changes = {"device": "cuda", "bf16": bf16, "steps_per_generation": 1, "learning_rate": 1e-2}
+    config = build_config(settings(inputs, tmp_path, **changes, max_steps=16))
+    assert train_grpo(config) == 0
+    rewards = [row["reward"] for row in read_metrics(tmp_path)]
+    assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.05
+    longer = build_config(settings(inputs, tmp_path, **changes, max_steps=18))
+    assert train_grpo(longer, resume=str(tmp_path)) == 0
+
+
+def test_an_eval_reward_from_a_file(inputs, tmp_path):
+    (inputs / "other.py").write_text(REWARD.replace("share_of_a", "other"))
+    (inputs / "held.jsonl").write_text(json.dumps({"prompt": "9*9=", "solution": "81"}) + "\n")
+    changes = {"eval_dataset": str(inputs / "held.jsonl"), "max_steps": 2}
+    changes["eval_reward"] = f"{inputs / 'other.py'}:other"
+    assert train_grpo(build_config(settings(inputs, tmp_path, **changes))) == 0
+    assert "eval/accuracy" in read_metrics(tmp_path)[-1]

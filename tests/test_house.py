@@ -21,7 +21,7 @@ ORDER = [
     {"rollouts"},
     {"generation"},
     {"rewards", "policy", "data", "checkpoint", "manifest", "interrupt"},
-    {"metrics"},
+    {"metrics", "lora"},
 ]
 LEAVES = {"types", "config", "templates", "models"}
 HOSTS = {"vllm", "trl", "verl", "openrlhf", "flash_attn", "peft", "wandb", "liger_kernel"}

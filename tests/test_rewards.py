@@ -150,10 +150,79 @@ EXACT = [
     (r"5\text{ km}", r"5\text{ m}", False),
     ("45^\\circ", "45", True),
     (r"\$5.00", "$5", True),
-    ("101_2", "101", True),
+    ("5", "5 apples", True),
+    ("5", "5 dollars", True),
+    ("5", "$5", True),
+    ("5", "5cm", True),
+    ("5", "5 m", True),
+    ("5", "5 years old", True),
+    ("5 years", "5 years old", True),
+    ("5", r"5\text{ square units}", True),
+    (r"5\text{ cm}^2", "5 square centimeters", True),
+    ("60 mph", "60 miles per hour", True),
+    ("3/2", "1 1/2 cups", True),
+    ("1234", "1,234 dollars", True),
+    ("5", "\u20ac5", True),
+    ("$5", "\u20ac5", True),
+    ("5 dollars", "\u20ac5", False),
+    ("5 apples", "5 pears", False),
+    (r"5\text{ m}", "5 ms", False),
+    (r"5\text{ cm}", r"5\text{ cm}^2", False),
+    ("60 miles", "60 miles per hour", False),
+    # words that are no units: magnitudes count, the others leave no number
+    ("500", "5 hundred", True),
+    ("5000000", r"5\text{ million}", True),
+    ("5000000", "$5 million dollars", True),
+    ("300000", "3 hundred thousand", True),
+    ("36", "3 dozen eggs", True),
+    ("50%", "50 percent", True),
+    ("0.5", "50 per cent", True),
+    ("5 million", "5 billion", False),
+    ("5", "5 million", False),
+    ("5 million", "5", False),
+    ("50", "$50 million", False),
+    ("3", "3 dozen", False),
+    ("5", "5 squared", False),
+    ("5", "5 factorial", False),
+    ("5", "5 plus seven", False),
+    ("5", "5 dollars minus one", False),
+    ("5", "5 and a half", False),
+    ("2", "2 thirds", False),
+    ("5", "5 times", False),
+    ("5", "5 bn", False),
+    ("5", "5 is wrong", False),
+    ("5", r"5\text{ + 2}", False),
+    ("5", "2+2=5 million", False),
+    # numeral bases
+    ("101_2", "101_{2}", True),
+    ("101", "101_{10}", True),
+    ("101_2", "101", False),
+    ("12", "12_5", False),
     ("10_2", "10_3", False),
+    # malformed or with free variables: wrong, and nobody has to be asked
+    ("5", "5-", False),
+    ("5", "-", False),
+    ("3", "3+", False),
+    ("7", "7=", False),
+    ("5", "x", False),
+    ("5", "5x", False),
+    ("5", "(5", False),
+    ("5", "9^9^9^9", False),
+    ("5", "1/0", False),
+    ("5", r"\approx 5", False),
+    ("5", "x<5", False),
+    ("5", "3+=5", False),
+    ("x", "5", False),
+    ("(1,2)", "(1,x)", False),
+    ("5", "[5]", True),
+    ("5", "'5'", True),
+    ("5", "|-5|", True),
+    ("2", "4^{1/2}", True),
+    ("1/2", "1:2", True),
     # equations
     ("5", "x=5", True),
+    ("5", "= 5", True),
+    ("5", "== 5", False),
     ("x = 5", "5", True),
     ("x=5", "y=5", False),
     ("5", "2+3=5", True),
@@ -252,6 +321,7 @@ SYMBOLIC = [
     (r"0.1\sqrt2", r"\frac{\sqrt2}{10}", True),
     (r"3\pm\sqrt2", r"3-\sqrt2, 3+\sqrt2", True),
     (r"(\sqrt2, 3)", r"(3, \sqrt2)", False),
+    ("5m", "5", False),  # five times m, as a reference
     # Math-Verify alone accepts these: it rounds constants to six digits
     (r"\pi", "3.141593", False),
     (r"\sqrt2", "1.4142136", False),
@@ -291,6 +361,14 @@ def test_accuracy_reward_alone_from_a_thread_leaves_the_callers_alarm_alone():
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
     assert here == wanted and elsewhere == [wanted]
+
+
+@given(
+    st.integers(-999, 999), st.text(alphabet="0123456789+-*/^!(){}[]|=<>%$.,:;_ xyzab", max_size=20)
+)
+def test_integer_tasks_never_need_symbols(gold, answer):
+    score, _ = exact_verdict(f"<answer>{answer}</answer>", gold)
+    assert score in (0.0, 1.0)
 
 
 def test_accuracy_reward_names_the_missing_extra(monkeypatch):
