@@ -192,6 +192,7 @@ def load_policy(config: GRPOConfig, checkpoint: Path | None, *, trainable: bool 
         device=config.device,
         attention=config.attention,
         gradient_checkpointing=config.gradient_checkpointing,
+        trainable=trainable,
         lora=lora,
     )
 
