@@ -19,18 +19,17 @@ import math
 import os
 import re
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from grpo_engine.history import BEST, START, WINDOW, History, accuracy_keys, finite_number
 from grpo_engine.types import Rollout, UserError
 
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_DIR = "completions"
-HISTORY_ROWS = 512  # rows kept in memory for health_warnings
 
 _COMPLETIONS_NAME = re.compile(r"^(step|eval)-(\d+)\.jsonl$")
 
@@ -46,7 +45,6 @@ KL_JUMP, KL_JUMP_FLOOR = 10.0, 0.1  # times the recent median; not below the flo
 ENTROPY_LOW = 0.05  # fraction of the entropy at the start of the run
 LOGPROB_GAP_HIGH = 0.05  # nats per token between sampler and trainer
 IS_RATIO_LOW, IS_RATIO_HIGH = 0.9, 1.1
-WINDOW = 5  # rows in a window
 
 
 def strict_json(row: Mapping[str, Any]) -> str:
@@ -133,7 +131,7 @@ class MetricsLog(AbstractContextManager):
 
     ``resume_step=k`` keeps the rows up to and including step k and drops the later ones, which the
     resumed run will write again. ``resume_step=None`` starts a run and refuses (UserError) to write
-    onto an old one. ``history`` holds the latest rows, those of before the resume included."""
+    onto an old one. ``history`` covers the whole run, what came before the resume included."""
 
     def __init__(self, output_dir: str | Path, resume_step: int | None = None) -> None:
         self.path = Path(output_dir) / METRICS_FILE
@@ -147,7 +145,7 @@ class MetricsLog(AbstractContextManager):
                 f"output_dir: {output_dir} already holds metrics up to step {rows[-1]['step']}; "
                 "resume that run or name another folder"
             )
-        self.history: deque[dict[str, Any]] = deque(rows, maxlen=HISTORY_ROWS)
+        self.history = History(rows)
         self._last_step = rows[-1]["step"] if rows else None
         # A killed run may have left a torn line and nothing before it: "w" clears that, "a" keeps
         # the rows.
@@ -289,8 +287,8 @@ class Stopwatch:
 def health_warnings(row: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[str]:
     """Sentences about what looks wrong at this step, each "<rule>: <what, with the numbers>".
 
-    ``history`` is the earlier rows, oldest first, without ``row``. The rule name before the colon
-    is stable: displays use it to show a lasting condition once."""
+    ``history`` is the earlier rows, oldest first, without ``row``, or a ``History``. The rule
+    name before the colon is stable: displays use it to show a lasting condition once."""
     past = list(history)
     found: list[str] = []
     for rule in (
@@ -307,15 +305,8 @@ def health_warnings(row: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
     return found
 
 
-def _number(row: Mapping[str, Any], key: str) -> float | None:
-    value = row.get(key)
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return float(value)
-    return None
-
-
 def _series(rows: Iterable[Mapping[str, Any]], key: str) -> list[float]:
-    return [value for row in rows if (value := _number(row, key)) is not None]
+    return [value for row in rows if (value := finite_number(row, key)) is not None]
 
 
 def _nonfinite(row: Mapping[str, Any], past: list) -> Iterator[str]:
@@ -327,18 +318,18 @@ def _nonfinite(row: Mapping[str, Any], past: list) -> Iterator[str]:
 
 
 def _truncation(row: Mapping[str, Any], past: list) -> Iterator[str]:
-    cut = _number(row, "completions/clipped_ratio")
+    cut = finite_number(row, "completions/clipped_ratio")
     if cut is None:
         return
-    longest = _number(row, "completions/max_length")
+    longest = finite_number(row, "completions/max_length")
     cap = f" (longest {longest:.0f} tokens)" if longest is not None else ""
     if cut >= TRUNCATED_HIGH:
         yield (
             f"truncation: {cut:.1%} of completions hit the length cap{cap}, above "
-            f"{TRUNCATED_HIGH:.0%}; cut "
-            "answers score as wrong, which teaches short answers: raise max_completion_length"
+            f"{TRUNCATED_HIGH:.0%}; those cut before their answer was complete score as wrong, "
+            "which teaches short answers: raise max_completion_length"
         )
-    rows = [r for r in [*past, row] if _number(r, "completions/clipped_ratio") is not None]
+    rows = [r for r in [*past, row] if finite_number(r, "completions/clipped_ratio") is not None]
     if len(rows) < 2 * WINDOW:
         return
     before, now = rows[-2 * WINDOW : -WINDOW], rows[-WINDOW:]
@@ -351,64 +342,74 @@ def _truncation(row: Mapping[str, Any], past: list) -> Iterator[str]:
     if cut_now - cut_before >= TRUNCATED_RISE and fall >= REWARD_FALL:
         yield (
             f"truncation-rising: truncated completions went {cut_before:.1%} -> {cut_now:.1%} over "
-            "the last "
-            f"{WINDOW} batches while reward fell {fmean(rewards_before):.3f} -> "
+            f"the last {WINDOW} batches while reward fell {fmean(rewards_before):.3f} -> "
             f"{fmean(rewards_now):.3f}"
         )
 
 
-def _best_window(values: list[float]) -> float:
-    return max(fmean(values[i : i + WINDOW]) for i in range(len(values) - WINDOW + 1))
+def _best_window(rows: list, key: str) -> float:
+    """The highest mean of WINDOW values in a row, forgotten rows included."""
+    values = _series(rows, key)
+    seen = [fmean(values[i : i + WINDOW]) for i in range(len(values) - WINDOW + 1)]
+    return max(seen + _series(rows[:1], BEST + key))
 
 
 def _collapse(row: Mapping[str, Any], past: list) -> Iterator[str]:
     """Answers got much shorter and less often right: the end state of the truncation trap."""
-    lengths = _series([*past, row], "completions/mean_length")
-    if _number(row, "completions/mean_length") is None or len(lengths) < 2 * WINDOW:
+    rows = [*past, row]
+    lengths = _series(rows, "completions/mean_length")
+    if finite_number(row, "completions/mean_length") is None or len(lengths) < 2 * WINDOW:
         return
-    length_now, length_best = fmean(lengths[-WINDOW:]), _best_window(lengths)
+    length_now = fmean(lengths[-WINDOW:])
+    length_best = _best_window(rows, "completions/mean_length")
     if length_now >= LENGTH_FALL * length_best:
         return
-    for key in row:
-        if key.startswith("rewards/") and "accuracy" in key and key.endswith("/mean"):
-            values = _series([*past, row], key)
-            if len(values) < 2 * WINDOW:
-                continue
-            now, best = fmean(values[-WINDOW:]), _best_window(values)
-            if best - now >= ACCURACY_FALL:
-                yield (
-                    f"collapse: mean length {length_now:.0f} tokens is down from {length_best:.0f} "
-                    f"and {key} "
-                    f"{now:.2f} down from {best:.2f}: answers are getting shorter and wrong"
-                )
+    for key in accuracy_keys(row):
+        values = _series(rows, key)
+        if len(values) < 2 * WINDOW:
+            continue
+        now, best = fmean(values[-WINDOW:]), _best_window(rows, key)
+        if best - now >= ACCURACY_FALL:
+            yield (
+                f"collapse: mean length {length_now:.0f} tokens is down from {length_best:.0f} and "
+                f"{key} {now:.2f} down from {best:.2f}: answers are getting shorter and wrong"
+            )
 
 
 def _reward_errors(row: Mapping[str, Any], past: list) -> Iterator[str]:
     for key in row:
         if key.startswith("rewards/") and key.endswith("/error_rate"):
-            rate = _number(row, key)
+            rate = finite_number(row, key)
             if rate is not None and rate >= REWARD_ERRORS_HIGH:
                 name = key[len("rewards/") : -len("/error_rate")]
+                first = row.get(f"rewards/{name}/first_error")
+                cause = f" (the first: {' '.join(str(first).split())[:200]})" if first else ""
                 yield (
-                    f"reward-errors: reward {name!r} failed on {rate:.1%} of completions; "
+                    f"reward-errors: reward {name!r} failed on {rate:.1%} of completions{cause}; "
                     "those are left out of the update, not scored 0"
                 )
 
 
 def _dead_groups(row: Mapping[str, Any], past: list) -> Iterator[str]:
-    dead = _number(row, "frac_reward_zero_std")
-    if dead is not None and dead >= 1.0:
-        reward = _number(row, "reward")
-        shown = f" (mean reward {reward:.3f})" if reward is not None else ""
+    dead = finite_number(row, "frac_reward_zero_std")
+    if dead is None or dead < 1.0:
+        return
+    if "reward" not in row:
         yield (
-            f"dead-groups: all answers of every group got the same reward{shown}, so no group has "
-            "an "
-            "advantage to learn from; the problems are all too easy or all too hard"
+            "unscored: no completion of this batch could be scored, so no group has an advantage "
+            "to learn from; a reward function fails or the references are unusable"
         )
+        return
+    reward = finite_number(row, "reward")
+    shown = f" (mean reward {reward:.3f})" if reward is not None else ""
+    yield (
+        f"dead-groups: all answers of every group got the same reward{shown}, so no group has an "
+        "advantage to learn from; the problems are all too easy or all too hard"
+    )
 
 
 def _kl(row: Mapping[str, Any], past: list) -> Iterator[str]:
-    kl = _number(row, "kl")
+    kl = finite_number(row, "kl")
     if kl is None:
         return
     recent = _series(past[-20:], "kl")
@@ -416,8 +417,7 @@ def _kl(row: Mapping[str, Any], past: list) -> Iterator[str]:
     if kl >= KL_HIGH:
         yield (
             f"kl: {kl:.3g} nats per token from the reference, above {KL_HIGH:g}; the policy has "
-            "left it "
-            "(lower learning_rate, raise beta or refresh the reference)"
+            "left it (lower learning_rate, raise beta or refresh the reference)"
         )
     elif typical is not None and kl >= KL_JUMP_FLOOR and kl >= KL_JUMP * typical:
         times = kl / max(typical, 1e-12)
@@ -425,28 +425,26 @@ def _kl(row: Mapping[str, Any], past: list) -> Iterator[str]:
 
 
 def _entropy(row: Mapping[str, Any], past: list) -> Iterator[str]:
-    entropy = _number(row, "entropy")
+    entropy = finite_number(row, "entropy")
     start = _series(past, "entropy")[:WINDOW]
     if entropy is None or len(start) < WINDOW:
         return
-    first = fmean(start)
+    first = (_series(past[:1], START + "entropy") or [fmean(start)])[0]
     if first > 0 and entropy < ENTROPY_LOW * first:
         yield (
             f"entropy: {entropy:.3g} nats per token, down from {first:.3g}; the samples of a group "
-            "are nearly "
-            "equal and exploration has stopped"
+            "are nearly equal and exploration has stopped"
         )
 
 
 def _gap(row: Mapping[str, Any], past: list) -> Iterator[str]:
-    gap = _number(row, "sampling/logp_difference_mean")
+    gap = finite_number(row, "sampling/logp_difference_mean")
     if gap is not None and abs(gap) >= LOGPROB_GAP_HIGH:
         yield (
             f"sampler-mismatch: sampler and trainer disagree by {abs(gap):.3g} nats per token, "
-            "above "
-            f"{LOGPROB_GAP_HIGH:g}: check weight sync, dtype, temperature and top_p"
+            f"above {LOGPROB_GAP_HIGH:g}: check weight sync, dtype, temperature and top_p"
         )
-    ratio = _number(row, "sampling/importance_sampling_ratio_mean")
+    ratio = finite_number(row, "sampling/importance_sampling_ratio_mean")
     if ratio is not None and not IS_RATIO_LOW <= ratio <= IS_RATIO_HIGH:
         yield (
             f"sampler-mismatch: mean importance ratio trainer/sampler is {ratio:.3g}, outside "

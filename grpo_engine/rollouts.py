@@ -272,9 +272,7 @@ def rollout_metrics(
             rows[f"rewards/{name}/mean"] = float(np.mean(values))
             rows[f"rewards/{name}/std"] = float(np.std(values))
         rows[f"rewards/{name}/error_rate"] = report.error_rate(name)
-        for outcome, count in report.outcomes[name].items():
-            if outcome != "ok":
-                rows[f"rewards/{name}/outcome/{outcome}"] = count / len(rollouts)
+        rows |= {f"rewards/{name}/{o}_rate": share for o, share in report.rates(name).items()}
         if name in report.first_errors:
             rows[f"rewards/{name}/first_error"] = report.first_errors[name]
     return rows

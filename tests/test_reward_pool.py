@@ -147,6 +147,8 @@ def test_every_behaviour_has_its_outcome_and_spares_the_neighbours(
     assert counts == ({"ok": 20} if outcome == "ok" else {"ok": 19, outcome: 1})
     failed = outcome not in ("ok", "none")
     assert report.error_rate("reward") == (0.05 if failed else 0.0)
+    name = "raised" if outcome == "error" else outcome  # error_rate is the sum of all failures
+    assert report.rates("reward") == ({} if outcome == "ok" else {name: 0.05})
     assert set(report.first_errors) == ({"reward"} if failed else set())
 
 

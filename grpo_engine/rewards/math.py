@@ -9,10 +9,15 @@ equations, units, words: ``notation.py``), Math-Verify last and only inside a ki
   of them must be right.
 * Percent: the sign is a unit. ``50%`` equals ``50%``, ``50`` and ``0.5``; ``50`` does not equal
   ``0.5``.
-* Units are ignored unless both sides carry units of different size (``5 km`` and ``5 m``). The
-  base of a numeral is a unit.
-* Equations: ``x=5`` answers ``5`` and the other way round; ``x=5`` is not ``y=5``. A numeric
-  equation must be true: ``2+2=5`` is not ``5``.
+* A unit on one side only is ignored (``5 apples`` is ``5``); two different ones are never equal
+  (``5 km`` and ``5 m``, ``5 apples`` and ``5 pears``). Magnitudes are multiplied in; words that
+  change a number otherwise ("5 squared", "5 plus seven") leave no number. A numeral with a base
+  equals only the same numeral with that base; base ten may be left out.
+* Equations: ``x=5`` and ``=5`` answer ``5`` and the other way round; ``x=5`` is not ``y=5``. A
+  numeric equation must be true: ``2+2=5`` is not ``5``. ``5=`` is malformed and wrong.
+* Against a number that is read exactly, only an answer that names a function or constant
+  (``\\sqrt{}``, ``\\pi``, ``log``) is compared symbolically. Anything else that is no exact number,
+  malformed or with free variables, is wrong, whether or not Math-Verify is installed.
 * ``(a, b)`` and ``[a, b]`` are ordered; ``\\{a, b\\}`` is not; a bare list ``a, b`` is unordered
   against a bare list or a set, ordered against a bracket. ``;`` separates like ``,``.
 * Words are compared as words, never as products of letters. ``\\ldots`` must be repeated literally.
@@ -25,6 +30,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -38,10 +44,12 @@ from grpo_engine.rewards.answers import (
     text_after_thinking,
 )
 from grpo_engine.rewards.exact import exact_value
+from grpo_engine.rewards.quantities import Quantity, split_unit, units_conflict
 from grpo_engine.rewards.symbolic import MathVerify, require_math_verify
 from grpo_engine.types import UserError
 
 _TWO_NUMBERS = re.compile(r"\d \d")
+_CLOCK = re.compile(r"0?(\d{1,2}:\d\d(?::\d\d)?)")
 _ELLIPSIS = re.compile(r"\\[lcd]?dots|\.\.\.|\u2026")
 _RELATION = re.compile(r"[<>]|\\(?:l|g)(?:e|eq|t)(?![a-zA-Z])|\\cup|\\infty")
 
@@ -106,11 +114,21 @@ def _gold(solution: Any) -> str | None:
     return _normalise(text) or None if len(text) <= MAX_ANSWER_CHARS else None
 
 
+def _value(quantity: Quantity) -> Fraction | None:
+    """The exact number in it, a percent sign aside; ``[5]`` is 5."""
+    number = quantity.number.removesuffix("%")
+    if number.startswith("[") and number.endswith("]"):
+        number = number[1:-1]
+    value = exact_value(number)
+    return None if value is None else value * quantity.scale
+
+
 @lru_cache(maxsize=8192)
 def _readable_without_symbols(gold: str) -> bool:
-    number, _ = notation.split_unit(gold)
+    quantity = split_unit(gold)
     return (
-        exact_value(number.removesuffix("%")) is not None
+        _value(quantity) is not None
+        or _CLOCK.fullmatch(quantity.number) is not None
         or notation.plain_words(gold) is not None
         or bool(_ELLIPSIS.search(gold))
     )
@@ -127,7 +145,7 @@ def _gold_is_valid(gold: str, symbolic: Symbolic) -> bool:
     name, *value = notation.equation_sides(gold)
     if len(value) == 1 and notation.is_variable(name):
         return _gold_is_valid(value[0], symbolic)
-    return symbolic.parses(notation.split_unit(gold)[0])
+    return symbolic.parses(split_unit(gold).number)
 
 
 def _equal(gold: str, answer: str, symbolic: Symbolic) -> bool:
@@ -136,7 +154,7 @@ def _equal(gold: str, answer: str, symbolic: Symbolic) -> bool:
     if not answer or _ELLIPSIS.search(gold) or _ELLIPSIS.search(answer):
         return False
     gold_items, answer_items = notation.split_container(gold), notation.split_container(answer)
-    if exact_value(gold) is not None and exact_value(answer) is not None:
+    if None not in (_value(split_unit(gold)), _value(split_unit(answer))):
         gold_items = answer_items = None  # 1,234 is a number here, not a list
     bare = any(items is not None and not items.kind for items in (gold_items, answer_items))
     if not bare and ("=" in gold or "=" in answer):
@@ -200,41 +218,55 @@ def _equal_equations(gold: str, answer: str, symbolic: Symbolic) -> bool:
     if len(gold_sides) == 1 and len(answer_sides) > 1:
         value = _equation_value(answer_sides)
         return value is not None and _equal(gold, value, symbolic)
-    return symbolic.equal(gold, answer)
+    return _equal_values(gold, answer, symbolic)
 
 
 def _equation_value(sides: list[str]) -> str | None:
     """What ``a = b = ... = z`` answers: the number in it, else ``z``; None if it is false."""
-    numbers = [side for side in sides if exact_value(side) is not None]
-    if len({exact_value(side) for side in numbers}) > 1:
+    values = {side: _value(split_unit(side)) for side in sides}
+    numbers = [side for side in sides if values[side] is not None]
+    if len({values[side] for side in numbers}) > 1:
         return None
+    if any(values[side] is None and not any(map(str.isalpha, side)) for side in sides):
+        return None  # "3+=5"
     if numbers:
         return numbers[-1]
     return sides[-1] if any(char.isalpha() for char in sides[0]) else None
 
 
 def _equal_values(gold: str, answer: str, symbolic: Symbolic) -> bool:
-    gold_number, gold_unit = notation.split_unit(gold)
-    answer_number, answer_unit = notation.split_unit(answer)
-    if notation.units_conflict(gold_unit, answer_unit):
+    gold_part = split_unit(gold)
+    gold_value = _value(gold_part)
+    answer_part = split_unit(answer, letters=gold_value is not None)
+    if units_conflict(gold_part.unit, answer_part.unit):
         return False
-    percents = gold_number.endswith("%"), answer_number.endswith("%")
-    gold_value = exact_value(gold_number.removesuffix("%"))
-    answer_value = exact_value(answer_number.removesuffix("%"))
+    answer_value = _value(answer_part)
     if gold_value is not None and answer_value is not None:
         if gold_value == answer_value:
             return True
+        percents = gold_part.number.endswith("%"), answer_part.number.endswith("%")
         if percents == (True, False):
             return gold_value == 100 * answer_value
         return percents == (False, True) and 100 * gold_value == answer_value
+    clocks = [_CLOCK.fullmatch(part.number) for part in (gold_part, answer_part)]
+    if all(clocks):
+        return clocks[0][1] == clocks[1][1]
+    if clocks[0]:
+        return False
     gold_words, answer_words = notation.plain_words(gold), notation.plain_words(answer)
     if gold_words is not None and answer_words is not None:
         return gold_words == answer_words
     if any(words is not None and len(words) > 1 for words in (gold_words, answer_words)):
         return False
-    if _TWO_NUMBERS.search(gold_number) or _TWO_NUMBERS.search(answer_number):
+    if _TWO_NUMBERS.search(gold_part.number) or _TWO_NUMBERS.search(answer_part.number):
         return False  # "1 2" is neither 12 nor 2
-    return symbolic.equal(gold_number, answer_number)
+    if gold_part.scale != answer_part.scale:
+        return False
+    if gold_value is not None and not notation.may_denote_number(answer_part.number):
+        return False
+    if answer_value is not None and not notation.may_denote_number(gold_part.number):
+        return False
+    return symbolic.equal(gold_part.number, answer_part.number)
 
 
 _standalone: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""One spelling for one answer: LaTeX dressing off, units and containers told apart.
+"""One spelling for one answer: LaTeX dressing off, containers and equations told apart.
 
 Works on short answer strings, not on completions. Nothing here evaluates anything.
 """
@@ -25,6 +25,8 @@ _SUBSTITUTIONS = [
     (re.compile(r"\\rbrace(?![a-zA-Z])"), r"\\}"),
     (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\u00b0|\\degree(?![a-zA-Z])"), r"\\text{ deg}"),
     (re.compile(r"\\(?:mathrm|mbox|textrm|textbf|mathbf|textit|textnormal)(?=\s*\{)"), r"\\text"),
+    (re.compile(r"(\\text\{[^{}]*)\}\s*\\text\{|(\\text\{ deg)\}\s*(?=[CF]$)"), r"\1\2 "),
+    (re.compile(r"(\\text\{ deg [CF])$"), r"\1}"),
     (re.compile(r"\\text\s*\{\s*(?:and|or)\s*\}|(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])"), ","),
     # brace-less shorthand: \frac43, \frac4{3}, \frac{4}3, \sqrt2
     (re.compile(r"\\frac\s*([0-9a-zA-Z])\s*(?=[0-9a-zA-Z{])"), r"\\frac{\1}"),
@@ -33,50 +35,24 @@ _SUBSTITUTIONS = [
     (re.compile(r"\s+"), " "),
     # a blank means something only between two digits ("3 1/2") or two words
     (re.compile(r"(?<![0-9a-zA-Z]) | (?![0-9a-zA-Z])|(?<=[0-9]) (?=[a-zA-Z]\b)"), ""),
+    (re.compile(r"^([\"'])([^\"']*)\1$"), r"\2"),
+    # "= 5" goes on from a left side that was not written again
+    (re.compile(r"^=(?!=)"), ""),
 ]
 _TEXT_GROUP = re.compile(r"\\text\{([^{}]*)\}")
-_TEXT_UNIT = re.compile(r"(?P<rest>.*[^\s\\])\\text\{(?P<unit>[^{}]*)\}(?:\^\{?[23]\}?)?")
-_WORD_UNIT = re.compile(
-    r"(?P<rest>-?[\d.,/]*\d(?:\.\d*)?)\s(?P<unit>[a-zA-Z]{2,}\.?(?: [a-zA-Z]{2,}){0,2})"
-)
-_BASE_UNIT = re.compile(r"(?P<rest>\d+)_\{?(?P<unit>\d+)\}?")
 _MEMBERSHIP = re.compile(r"[a-zA-Z]\\in(?![a-zA-Z])\s?(?P<rest>.+)")
 _WORD = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]{3,}(?![a-zA-Z])")
 _FUNCTION = re.compile(
     "(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|exp|sqrt|max|min|gcd|lcm|mod|det|abs|inf"
 )
 
-_UNIT_NAMES = {
-    "km": "kilometer kilometre",
-    "m": "meter metre",
-    "cm": "centimeter centimetre",
-    "mm": "millimeter millimetre",
-    "mi": "mile",
-    "ft": "foot feet",
-    "in": "inch inches",
-    "yd": "yard",
-    "kg": "kilogram",
-    "g": "gram",
-    "mg": "milligram",
-    "lb": "pound",
-    "oz": "ounce",
-    "s": "second sec",
-    "min": "minute",
-    "h": "hour hr",
-    "day": "",
-    "week": "",
-    "month": "",
-    "year": "yr",
-    "l": "liter litre",
-    "ml": "milliliter millilitre",
-    "deg": "degree",
-    "rad": "radian",
-    "dollar": "",
-    "cent": "",
-}
-_UNITS = {
-    spelling: unit for unit, others in _UNIT_NAMES.items() for spelling in [unit, *others.split()]
-}
+_VALUE_NAME = re.compile(
+    r"(?:\\|(?<![a-zA-Z]))(?:(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|sqrt|pi|log|ln|lg|exp|[dt]?binom"
+    r"|gcd|lcm|min|max|abs|floor|ceil|lfloor|lceil|l?vert|det|b?mod|inf|infty|sum|prod|int|lim)"
+    r"(?![a-zA-Z])"
+    r"|(?<![a-zA-Z\\])[ei]\^"
+)
+_DANGLING = re.compile(r"(?:^[*/^=]|[-+*/^=_])$")
 
 
 class Container(NamedTuple):
@@ -96,27 +72,16 @@ def normalise(text: str) -> str:
     return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
 
 
-def split_unit(text: str) -> tuple[str, str]:
-    """``12\\text{ cm}``, ``72 clips``, ``1010_2`` -> (number, unit); (text, "") without a unit.
+def may_denote_number(text: str) -> bool:
+    """Whether ``text``, which exact reading rejects, could still be a number: ``\\sqrt{2}\\pi``.
 
-    A word without ``\\text`` is a unit only when a blank and a whole number or decimal stand before
-    it, so ``5x`` stays an expression. The base of a numeral counts as its unit.
+    Digits and signs that are no exact number ("5-"), free variables, relations and words cannot. A
+    function or a constant must be named; then it is for the symbolic comparison to say.
     """
-    match = _TEXT_UNIT.fullmatch(text) or _WORD_UNIT.fullmatch(text) or _BASE_UNIT.fullmatch(text)
-    return (match["rest"], match["unit"].strip()) if match else (text, "")
-
-
-def units_conflict(one: str, other: str) -> bool:
-    """Whether both are units of known, different size (or different numeral bases)."""
-    if one.isdigit() and other.isdigit():
-        return one != other
-    known = [_UNITS.get(_singular(unit)) for unit in (one, other)]
-    return None not in known and known[0] != known[1]
-
-
-def _singular(unit: str) -> str:
-    unit = unit.lower().rstrip(".")
-    return unit if unit in _UNITS else unit.removesuffix("s")
+    if _DANGLING.search(text) or re.search(r"[<>=]", text):
+        return False
+    balanced = all(text.count(a) == text.count(b) for a, b in ("()", "[]", "{}"))
+    return balanced and _VALUE_NAME.search(text) is not None
 
 
 def equation_sides(text: str) -> list[str]:

@@ -66,6 +66,19 @@ class RewardReport:
         counts = self.outcomes[name]
         return sum(counts[failure] for failure in FAILURES) / max(1, sum(counts.values()))
 
+    def rates(self, name: str) -> dict[str, float]:
+        """Share of completions for each outcome of ``name`` that occurred, except ok.
+
+        The outcome ``error`` is called ``raised`` here: "error_rate" is the sum of all failures.
+        """
+        counts = self.outcomes[name]
+        total = max(1, sum(counts.values()))
+        return {
+            "raised" if outcome == "error" else outcome: count / total
+            for outcome, count in sorted(counts.items())
+            if count and outcome != "ok"
+        }
+
 
 @dataclass
 class _Batch:

@@ -101,4 +101,6 @@ def _constants_differ(one: Any, other: Any) -> bool:
     decimal = any(side.has(sympy.Float) for side in (one, other))
     size = max(abs(one.evalf(_CONSTANT_DIGITS)), abs(other.evalf(_CONSTANT_DIGITS)))
     gap = abs((one - other).evalf(_CONSTANT_DIGITS))
+    if not (gap.is_finite and size.is_finite):  # 5/0 on one side, or on both
+        return True
     return bool(gap > size * sympy.Rational(1, 10) ** (12 if decimal else 20))
