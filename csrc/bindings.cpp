@@ -42,10 +42,10 @@ PYBIND11_MODULE(_C, m) {
   m.attr("POSITION") = static_cast<int64_t>(grpo::kPosition);
   m.attr("SEGMENT") = static_cast<int64_t>(grpo::kSegment);
   m.def("pack_cpu", &grpo::pack_cpu, py::arg("plan"), py::arg("num_fields"),
-        py::arg("num_sequences"), ReleaseGil());
+        py::arg("num_sequences"), py::arg("num_tokens"), ReleaseGil());
   py::class_<grpo::Unpack>(m, "Unpack")
-      .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>(),
-           py::arg("destination"), py::arg("packed"), py::arg("cu_seqlens"),
+      .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>(),
+           py::arg("destination"), py::arg("packed"), py::arg("num_tokens"), py::arg("cu_seqlens"),
            py::arg("num_sequences"), py::arg("row_length"), py::arg("element_size"),
            py::arg("pad_bits"));
   m.def("unpack_cpu", &grpo::unpack_cpu, py::arg("job"), ReleaseGil());

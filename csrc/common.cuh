@@ -23,15 +23,19 @@ namespace grpo {
 // and what torch's own copy holds current is not ours to rely on.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) {
+  explicit DeviceGuard(int device) : device_(device) {
     GRPO_CUDA_CHECK(cudaGetDevice(&previous_));
     if (device != previous_) GRPO_CUDA_CHECK(cudaSetDevice(device));
   }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
+  // Only what changed: cudaSetDevice also makes a context on the device it names.
+  ~DeviceGuard() {
+    if (device_ != previous_) cudaSetDevice(previous_);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
+  int device_;
   int previous_ = 0;
 };
 

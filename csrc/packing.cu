@@ -123,6 +123,17 @@ __global__ void __launch_bounds__(kThreads, 6) pack_kernel(PlanView plan, int64_
   }
 }
 
+struct Span {
+  int64_t begin, count;
+};
+
+// Rows of sequence s, cut to what there is: the host cannot look at a device's cu_seqlens without
+// waiting for it, so wrong ones cost wrong values here but never an access outside `packed`.
+__device__ inline Span span_of(const int32_t* cu_seqlens, int64_t s, int64_t num_tokens) {
+  const int64_t begin = min(max(int64_t{cu_seqlens[s]}, int64_t{0}), num_tokens);
+  return {begin, min(int64_t{cu_seqlens[s + 1]}, num_tokens) - begin};
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads) unpack_kernel(Unpack job) {
   const int64_t num_elements = job.num_sequences * job.row_length;
@@ -135,13 +146,13 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(Unpack job) {
   auto* out = reinterpret_cast<T*>(job.destination);
   const T pad = static_cast<T>(job.pad_bits);
   int64_t s = first / job.row_length, t = first % job.row_length;
-  int64_t begin = cu_seqlens[s], count = cu_seqlens[s + 1] - begin;
+  Span span = span_of(cu_seqlens, s, job.num_tokens);
 
   const bool whole = first + Vec16<T>::kSize <= num_elements;
-  if (whole && t + Vec16<T>::kSize <= min(count, job.row_length) &&
-      is_aligned16(packed + begin + t)) {
+  if (whole && t + Vec16<T>::kSize <= min(span.count, job.row_length) &&
+      is_aligned16(packed + span.begin + t)) {
     *reinterpret_cast<Vec16<T>*>(out + first) =
-        *reinterpret_cast<const Vec16<T>*>(packed + begin + t);
+        *reinterpret_cast<const Vec16<T>*>(packed + span.begin + t);
     return;
   }
   Vec16<T> value;
@@ -150,11 +161,9 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(Unpack job) {
     if (first + j >= num_elements) break;
     if (t == job.row_length) {
       t = 0;
-      ++s;
-      begin = cu_seqlens[s];
-      count = cu_seqlens[s + 1] - begin;
+      span = span_of(cu_seqlens, ++s, job.num_tokens);
     }
-    value.element[j] = t < count ? packed[begin + t] : pad;
+    value.element[j] = t < span.count ? packed[span.begin + t] : pad;
     if (!whole) out[first + j] = value.element[j];
     ++t;
   }

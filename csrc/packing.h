@@ -31,6 +31,7 @@ struct Field {
 struct Unpack {
   int64_t destination;  // [num_sequences, row_length], contiguous, 16-byte aligned
   int64_t packed;       // [N]
+  int64_t num_tokens;   // N: no element at or past it is read, whatever cu_seqlens says
   int64_t cu_seqlens;   // int32[S+1]
   int64_t num_sequences;
   int64_t row_length;
@@ -54,7 +55,9 @@ inline PlanView view_plan(int64_t address, int64_t num_fields, int64_t num_seque
   return {reinterpret_cast<const Field*>(words), sources, cu, num_fields, num_sequences};
 }
 
-void pack_cpu(int64_t plan, int64_t num_fields, int64_t num_sequences);
+// Throw std::invalid_argument before anything is written unless cu_seqlens ascends from 0 to
+// num_tokens.
+void pack_cpu(int64_t plan, int64_t num_fields, int64_t num_sequences, int64_t num_tokens);
 void unpack_cpu(const Unpack& job);
 
 #ifdef GRPO_ENGINE_WITH_CUDA

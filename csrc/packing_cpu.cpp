@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "packing.h"
 
@@ -28,10 +30,20 @@ void repeat(char* out, const void* value, int64_t count, int64_t element_size) {
   }
 }
 
+void check_cu_seqlens(const int32_t* cu_seqlens, int64_t num_sequences, int64_t num_tokens) {
+  bool ascends = cu_seqlens[0] == 0 && cu_seqlens[num_sequences] == num_tokens;
+  for (int64_t s = 0; s < num_sequences; ++s) ascends &= cu_seqlens[s] <= cu_seqlens[s + 1];
+  if (ascends) return;
+  throw std::invalid_argument("cu_seqlens must ascend from 0 to " + std::to_string(num_tokens) +
+                              ", got " + std::to_string(cu_seqlens[0]) + " .. " +
+                              std::to_string(cu_seqlens[num_sequences]));
+}
+
 }  // namespace
 
-void pack_cpu(int64_t plan_address, int64_t num_fields, int64_t num_sequences) {
+void pack_cpu(int64_t plan_address, int64_t num_fields, int64_t num_sequences, int64_t num_tokens) {
   const PlanView plan = view_plan(plan_address, num_fields, num_sequences);
+  check_cu_seqlens(plan.cu_seqlens, num_sequences, num_tokens);
   for (int64_t f = 0; f < num_fields; ++f) {
     const Field& field = plan.fields[f];
     for (int64_t s = 0; s < num_sequences; ++s) {
@@ -54,6 +66,7 @@ void pack_cpu(int64_t plan_address, int64_t num_fields, int64_t num_sequences) {
 
 void unpack_cpu(const Unpack& job) {
   const auto* cu_seqlens = reinterpret_cast<const int32_t*>(job.cu_seqlens);
+  check_cu_seqlens(cu_seqlens, job.num_sequences, job.num_tokens);
   const auto* packed = reinterpret_cast<const char*>(job.packed);
   char* row = reinterpret_cast<char*>(job.destination);
   for (int64_t s = 0; s < job.num_sequences; ++s) {

@@ -29,6 +29,9 @@ namespace {
 
 using Lengths = const int64_t*;
 
+// More than any cluster has; a plan holds a list for each rank, so a slip here is memory.
+constexpr int64_t kMaxRanks = int64_t{1} << 20;
+
 int64_t tokens_of(const Chunk& chunk, Lengths lengths) {
   int64_t tokens = 0;
   for (int64_t i : chunk) tokens += lengths[i];
@@ -245,11 +248,20 @@ void check(Lengths lengths, int64_t num_sequences, int64_t max_tokens, int64_t n
   if (max_tokens < 1) {
     throw std::invalid_argument("max_tokens must be >= 1, got " + std::to_string(max_tokens));
   }
-  if (num_ranks < 1) {
-    throw std::invalid_argument("num_ranks must be >= 1, got " + std::to_string(num_ranks));
+  if (num_ranks < 1 || num_ranks > kMaxRanks) {
+    throw std::invalid_argument("num_ranks must be in 1 .. " + std::to_string(kMaxRanks) +
+                                ", got " + std::to_string(num_ranks));
   }
+  int64_t total = 0;
   for (int64_t i = 0; i < num_sequences; ++i) {
-    if (lengths[i] >= 0 && lengths[i] <= max_tokens) continue;
+    if (lengths[i] >= 0 && lengths[i] <= max_tokens) {
+      if (lengths[i] > INT64_MAX - total) {
+        throw std::invalid_argument("lengths add up to 2^63 or more at lengths[" +
+                                    std::to_string(i) + "] = " + std::to_string(lengths[i]));
+      }
+      total += lengths[i];
+      continue;
+    }
     throw std::invalid_argument(
         "lengths[" + std::to_string(i) + "] = " + std::to_string(lengths[i]) +
         (lengths[i] < 0 ? " is negative" : " exceeds max_tokens = " + std::to_string(max_tokens)));

@@ -8,6 +8,7 @@ Verbs import what they need only when they run, so ``--help`` and input errors a
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,12 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code (also the console script's)."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(args)
+        code = _dispatch(args)
+        sys.stdout.flush()  # a closed pipe must show itself here
+        return code
     except UserError as error:
         print(f"grpo-engine: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before or after a run; inside one, train.py saves first
         return 130
+    except BrokenPipeError:  # whoever read our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the exit's own flush
+        return 141
 
 
 def _dispatch(args: list[str]) -> int:
@@ -57,6 +63,8 @@ def _dispatch(args: list[str]) -> int:
     verb, rest = args[0], args[1:]
     if verb not in verbs:
         raise UserError(f"{verb}: no such verb; there are {', '.join(verbs)}")
+    if verb != "grpo" and {"-h", "--help"} & set(rest):
+        return _dispatch([])
     return verbs[verb](rest)
 
 

@@ -28,7 +28,7 @@ OPTIONAL = {
     "triton": "GPU kernels, and their interpreter on a CPU",
     "vllm": "fast rollouts on a GPU (planned)",
     "flash-attn": "attention with softcap on a GPU",
-    "peft": "LoRA training (planned)",
+    "peft": "LoRA training",
     "datasets": "Hugging Face datasets as a source",
     "pyarrow": "Parquet files as a source",
     "reasoning-gym": "generated tasks with their verifiers",

@@ -7,16 +7,17 @@ O((sum L_s)^2) memory and time, and is built here only by the reference.
 
 Three backends compute the same function:
 
-* ``torch``: ``torch.nn.attention.varlen.varlen_attn`` (FlashAttention inside PyTorch >= 2.9), CUDA,
-  half precision. Its arguments changed in 2.11 (``window_size``, ``scale``) and 2.12
-  (``enable_gqa``): read from the signature, not from a version number.
+* ``torch``: ``torch.nn.attention.varlen.varlen_attn`` (FlashAttention inside PyTorch >= 2.10), half
+  precision on CUDA devices of compute capability 8.0 (A100) or newer. Its arguments changed in 2.11
+  (``window_size``, ``scale``) and 2.12 (``enable_gqa``): read from the signature, not the version.
 * ``flash-attn``: ``flash_attn_varlen_func`` of the separate package, only on request.
 * ``buckets``: any device, any dtype, softcap too. Sequences of similar length are padded together
   on the right and go through ``scaled_dot_product_attention(is_causal=True)``, one call a bucket.
   Padding keys lie after every real query, so causality itself hides them and no mask is needed.
 
-``buckets`` needs the lengths on the host: one copy per pack, none per layer, if the caller keeps
-the ``BucketPlan`` (the policy does).
+``buckets`` needs the lengths on the host: for a CUDA ``cu_seqlens`` one read, which waits, and one
+copy back from pinned memory, which does not, per pack and none per layer, if the caller keeps the
+``BucketPlan`` (the policy does).
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from grpo_engine.kernels.common import device_arch
 
 BACKENDS = ("auto", "torch", "flash-attn", "buckets")
 
@@ -48,6 +51,7 @@ def varlen_attention_ref(
 ) -> Tensor:
     """The specification: a dense [N, N] mask, in fp32 (fp64 for fp64 input). Returns q's dtype."""
     _check(q, k, v, cu_seqlens, max_seqlen, causal, window, softcap)
+    _check_lengths(q, cu_seqlens, max_seqlen, plan=None)
     n = q.shape[0]
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     token = torch.arange(n, device=q.device)
@@ -85,6 +89,10 @@ class BucketPlan:
     padding_slots: Tensor  # [number of padding slots] int64
     window_masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
+    @property
+    def longest(self) -> int:
+        return max((bucket.length for bucket in self.buckets), default=0)
+
     def window_mask(self, length: int, window: int) -> Tensor:
         """[length, length] bool, True where |query - key| lies in the causal window."""
         mask = self.window_masks.get((length, window))
@@ -99,10 +107,13 @@ def plan_buckets(cu_seqlens: Tensor | Sequence[int], *, exact: bool = False) -> 
 
     Sequences share a bucket when padding stays below a sixth of its length or 8 tokens (below that
     a call costs more than the padding); ``exact`` allows no padding at all.
+
+    Raises ValueError unless ``cu_seqlens`` ascends from 0.
     """
     device = cu_seqlens.device if isinstance(cu_seqlens, Tensor) else torch.device("cpu")
     bounds = torch.as_tensor(cu_seqlens, device="cpu", dtype=torch.int64)
     lengths = bounds.diff()
+    _check_ascending(bounds)
     order = lengths.argsort(descending=True, stable=True).tolist()
     starts, lens = bounds.tolist(), lengths.tolist()
     groups: list[list[int]] = []
@@ -136,9 +147,12 @@ def plan_buckets(cu_seqlens: Tensor | Sequence[int], *, exact: bool = False) -> 
     slots = torch.arange(num_slots)
     slot_of_token = torch.empty(starts[-1], dtype=torch.int64)
     slot_of_token[token_of_slot[real]] = slots[real]
-    return BucketPlan(
-        buckets, token_of_slot.to(device), slot_of_token.to(device), slots[~real].to(device)
-    )
+    indices = [token_of_slot, slot_of_token, slots[~real]]
+    packed = torch.cat(indices)
+    if device.type == "cuda":  # one copy, and from pinned memory: pageable ones would wait
+        packed = packed.pin_memory()
+    packed = packed.to(device, non_blocking=True)
+    return BucketPlan(buckets, *packed.split([len(index) for index in indices]))
 
 
 class _PadRows(torch.autograd.Function):
@@ -231,7 +245,7 @@ def _repeat_heads(x: Tensor, num_heads: int, dim: int) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _torch_varlen() -> tuple[Callable[..., Tensor], frozenset[str]] | None:
-    """``varlen_attn`` and its parameter names; None in torch 2.8 and older."""
+    """``varlen_attn`` and its parameter names; None in torch 2.9 and older."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -251,7 +265,15 @@ def _attention_torch(
 ) -> Tensor:
     found = _torch_varlen()
     if found is None:
-        raise ValueError(f"backend='torch' needs torch >= 2.9, this is {torch.__version__}")
+        raise ValueError(
+            f"backend='torch' needs torch >= 2.10, this is {torch.__version__}; backend='buckets' "
+            "runs on any"
+        )
+    if q.is_cuda and _capability(q) < 80:
+        raise ValueError(
+            f"backend='torch' needs compute capability 8.0 or newer, {q.device} has "
+            f"{_capability(q) / 10}; backend='buckets' runs on any"
+        )
     varlen_attn, parameters = found
     options: dict[str, object] = {}
     if "window_size" in parameters:
@@ -307,6 +329,32 @@ def _attention_flash_attn(
     )
 
 
+def _capability(q: Tensor) -> int:
+    """75 for a T4, 80 for an A100."""
+    return device_arch(q.device.index or 0)
+
+
+def _check_ascending(bounds: Tensor) -> None:
+    if bounds[0] != 0 or (bounds.diff() < 0).any():
+        raise ValueError(f"cu_seqlens must ascend from 0, got {bounds.tolist()}")
+
+
+def _check_lengths(q: Tensor, cu_seqlens: Tensor, max_seqlen: int, plan: BucketPlan | None) -> None:
+    """What the host knows without waiting for the device: a plan's lengths, a CPU tensor's."""
+    if plan is not None:
+        num_tokens, longest = len(plan.slot_of_token), plan.longest
+    elif cu_seqlens.is_cpu:
+        _check_ascending(cu_seqlens)
+        num_tokens = int(cu_seqlens[-1])
+        longest = int(cu_seqlens.diff().amax()) if len(cu_seqlens) > 1 else 0
+    else:
+        return
+    if num_tokens != q.shape[0]:
+        raise ValueError(f"cu_seqlens ends at {num_tokens}, q has {q.shape[0]} tokens")
+    if longest > max_seqlen:
+        raise ValueError(f"max_seqlen = {max_seqlen}, but a sequence has {longest} tokens")
+
+
 def _check(q, k, v, cu_seqlens, max_seqlen, causal, window, softcap) -> None:
     if q.dim() != 3 or k.dim() != 3 or v.shape[:2] != k.shape[:2]:
         raise ValueError(
@@ -344,6 +392,7 @@ def choose_backend(q: Tensor, v: Tensor, window: int | None, softcap: float | No
         or v.shape[-1] != q.shape[-1]
         or softcap is not None
         or found is None
+        or _capability(q) < 80
         or (window is not None and "window_size" not in found[1])
     ):
         return "buckets"
@@ -369,11 +418,15 @@ def varlen_attention(
     Args:
         q: [N, Hq, Dh]; k, v: [N, Hkv, Dh] with Hq a multiple of Hkv; any float dtype.
         cu_seqlens: [S+1] int32 on q's device, 0 first and N last.
-        max_seqlen: longest sequence, a host int.
+        max_seqlen: at least the longest sequence, a host int. On the CPU, and wherever ``plan`` is
+            given, both are checked; FlashAttention on CUDA trusts them, as looking would wait for
+            the device: it may leave rows past cu_seqlens[-1], or past max_seqlen within a sequence,
+            unwritten.
         scale: of the scores before softcap and softmax; default Dh ** -0.5.
         window: keys a query sees, itself included (Hugging Face's ``sliding_window``); None = all.
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
-        backend: one of ``BACKENDS``; "auto" takes FlashAttention on CUDA where the input allows it.
+        backend: one of ``BACKENDS``; "auto" takes FlashAttention (``torch``) on CUDA where input
+            and device allow it, else ``buckets``: fp32, a softcap, torch 2.9, a V100 or T4.
         plan: ``plan_buckets(cu_seqlens)`` kept by a caller with many layers; used by "buckets"
             only.
 
@@ -383,6 +436,7 @@ def varlen_attention(
         ValueError: bad shape, dtype, device or option; a backend that lacks an option asked for.
     """
     _check(q, k, v, cu_seqlens, max_seqlen, causal, window, softcap)
+    _check_lengths(q, cu_seqlens, max_seqlen, plan)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "auto":
@@ -397,8 +451,7 @@ def varlen_attention(
         )
     if plan is None:
         plan = plan_buckets(cu_seqlens, exact=not causal)
+        _check_lengths(q, cu_seqlens, max_seqlen, plan)
     elif not causal and len(plan.padding_slots):
         raise ValueError("causal=False needs a plan made with exact=True: padding would be seen")
-    if len(plan.slot_of_token) != q.shape[0]:
-        raise ValueError(f"cu_seqlens ends at {len(plan.slot_of_token)}, q has {q.shape[0]} tokens")
     return _attention_buckets(q, k, v, plan, causal, scale, window, softcap)

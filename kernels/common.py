@@ -53,6 +53,45 @@ def jit(fn: Callable | None = None, **options: Any) -> Callable:
     return triton.jit(fn, **options) if HAS_TRITON else fn
 
 
+def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable:
+    """``torch.library.custom_op`` whose body runs with autocast off.
+
+    Each op states its own precision: under ``torch.autocast`` the fp32 GEMMs and sums inside it
+    would turn half. The device type is that of the op's first argument, a tensor.
+    """
+
+    def register(body: Callable) -> torch.library.CustomOpDef:
+        @functools.wraps(body)
+        def run(tensor: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+            with torch.autocast(tensor.device.type, enabled=False):
+                return body(tensor, *arguments, **keywords)
+
+        schema = torch.library.infer_schema(body, mutates_args=mutates_args)
+        return torch.library.custom_op(name, run, mutates_args=mutates_args, schema=schema)
+
+    return register
+
+
+def first_derivatives_only(backward: Callable) -> Callable:
+    """Decorator of an op's backward: RuntimeError under ``create_graph=True``.
+
+    The gradients are explicit numbers, so a second derivative would silently miss them
+    (``torch.autograd.function.once_differentiable`` would miss the loss's own, whose incoming
+    gradient is a constant).
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "grpo_engine kernels have first derivatives only: call backward without "
+                "create_graph=True, or use the _ref twin"
+            )
+        return backward(ctx, *grads)
+
+    return run
+
+
 def on_device_of_first(launcher: Callable) -> Callable:
     """Decorator: Triton launches on the current device, so make it that of the first argument."""
 
@@ -113,6 +152,18 @@ def check_vector(
     if dtypes is not None and tensor.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{name} must be one of {names}, got {tensor.dtype}")
+
+
+def check_no_gradient(**tensors: object) -> None:
+    """ValueError for a tensor that requires grad where none would reach it (None and numbers pass).
+
+    Under ``torch.no_grad()`` nobody expects one.
+    """
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} requires grad, but its gradient is not computed: pass {name}.detach()"
+            )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ Backward, with a_t = dp_t / d log rho and d_t = dl_t / dx_t at fixed rho:
     sequence:  dloss/dx_t = w_t d_t + m_t / (sum_s m) sum_{u in s} w_u (c_u a_u [+ beta k_u rho_s])
 
 These come out of the same pass as the loss: the forward saves one fp32 gradient per token (one more
-per entropy), the backward multiplies by the incoming scalar. First derivatives only. Token level:
+per entropy), the backward multiplies by the incoming scalar. First derivatives only: under
+`create_graph=True` the backward raises. Token level:
 one launch that reads at most 8 and writes at most 2 floats a token; N = 16,384 moves 0.7 MB, so the
 launch is the cost. Sequence level: one launch, a program per sequence, three sweeps over its
 tokens. Both leave one row of partial sums per program, added in a fixed order by a second stage: no
@@ -40,7 +41,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_engine.kernels.common import use_triton
+from grpo_engine.kernels.common import custom_op, first_derivatives_only, use_triton
+from grpo_engine.kernels.grpo_loss_reference import grpo_loss_ref
 from grpo_engine.kernels.grpo_loss_torch import (
     float_mask,
     loss_and_grad_torch,
@@ -49,15 +51,12 @@ from grpo_engine.kernels.grpo_loss_torch import (
     sequence_ids,
 )
 from grpo_engine.kernels.loss_options import (
-    CLIPPED_LOSSES,
-    LOG_RATIO_MAX,
     METRICS,
     NUM_METRICS,
     LossMetrics,
     LossOptions,
     check_denominator,
     check_loss_inputs,
-    check_needed_fields,
     make_loss_options,
     metric_names,
 )
@@ -76,153 +75,6 @@ __all__ = [
     "per_token_advantages",
     "token_weights",
 ]
-
-# --------------------------------------------------------------------------------------------------
-# Reference
-
-
-def grpo_loss_ref(
-    logprobs: Tensor,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    *,
-    cu_seqlens: Tensor | None = None,
-    loss_mask: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    sampler_logprobs: Tensor | None = None,
-    entropy: Tensor | None = None,
-    denominator: float | Tensor | None = None,
-    **option_values,
-) -> tuple[Tensor, LossMetrics]:
-    """Specification of `grpo_loss`, same arguments: one sequence at a time, derivatives by
-    autograd, in the dtype of `logprobs` (fp32 or fp64). Reads tensor values on the host; for tests
-    and small inputs."""
-    o = make_loss_options(**option_values)
-    check_denominator(o, denominator)
-    optional = {
-        "ref_logprobs": ref_logprobs,
-        "sampler_logprobs": sampler_logprobs,
-        "entropy": entropy,
-    }
-    check_needed_fields(o, optional)
-    num_tokens = logprobs.shape[0]
-    ends = [0, num_tokens] if cu_seqlens is None else cu_seqlens.tolist()
-    mask = torch.ones_like(logprobs) if loss_mask is None else loss_mask.to(logprobs.dtype)
-    if advantages.shape[0] != num_tokens:
-        lengths = torch.tensor(ends, device=logprobs.device).diff()
-        advantages = advantages.repeat_interleave(lengths)
-    num_sequences = len(ends) - 1
-    if denominator is None:
-        if o.loss_type in ("grpo", "sapo"):
-            denominator = num_sequences
-        elif o.loss_type == "dr_grpo":
-            denominator = num_sequences * o.max_completion_length
-        else:
-            denominator = max(mask.sum().item(), 1)
-
-    loss = logprobs.new_zeros(())
-    sums = {name: logprobs.new_zeros(()) for name in METRICS}
-    for start, end in zip(ends[:-1], ends[1:], strict=True):
-        keep = mask[start:end] != 0  # masked tokens are cut out, so what they hold cannot matter
-        if not keep.any():
-            continue
-
-        def cut(x: Tensor | None, start: int = start, end: int = end, keep: Tensor = keep):
-            return None if x is None else x[start:end][keep]
-
-        m = cut(mask)
-        fields = (logprobs, old_logprobs, advantages, *optional.values())
-        losses, per_token = _sequence_loss_ref(m, *map(cut, fields), o)
-        scale = m.sum() if o.loss_type in ("grpo", "sapo") else 1.0
-        loss = loss + (losses * m).sum() / scale / denominator
-        for name, values in per_token.items():
-            sums[name] = sums[name] + (values.detach() * m).sum()
-    names = metric_names(
-        o,
-        has_ref=ref_logprobs is not None,
-        has_entropy=entropy is not None,
-        has_sampler=sampler_logprobs is not None,
-    )
-    return loss, LossMetrics(torch.stack([sums[name] for name in METRICS]), names)
-
-
-def _sequence_loss_ref(
-    m: Tensor,
-    x: Tensor,
-    old: Tensor | None,
-    adv: Tensor,
-    ref: Tensor | None,
-    sampler: Tensor | None,
-    entropy: Tensor | None,
-    o: LossOptions,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses [T] and metrics {name: [T]} of the masked-in tokens of one sequence."""
-    old = x.detach() if old is None else old
-    log_ratio = x - old
-    ratio = log_ratio.clamp(max=LOG_RATIO_MAX).exp()
-    if o.importance_level == "sequence":
-        mean = (log_ratio * m).sum() / m.sum()
-        ratio = mean.clamp(max=LOG_RATIO_MAX).exp().expand_as(x)
-    losses = _policy_loss_ref(ratio, x, adv, o)
-
-    metrics = _ratio_metrics_ref(ratio, log_ratio, adv, o)
-    if sampler is not None:
-        metrics["sampler_unscored"] = sampler.isnan().to(x.dtype)
-        difference = (old - sampler).detach().nan_to_num(nan=0.0)
-        metrics["sampling_logp_difference"] = difference.abs()
-    if o.is_correction is not None:
-        if o.is_correction.startswith("sequence"):
-            difference = (difference * m).sum().expand_as(x)
-        raw = difference.clamp(max=LOG_RATIO_MAX).exp()
-        low, high = o.is_clip
-        outside = (raw < low) | (raw > high)
-        is_masking = o.is_correction.endswith("mask")
-        weight = raw.masked_fill(outside, 0.0) if is_masking else raw.clamp(low, high)
-        losses = losses * weight
-        metrics["is_weight_mean"] = weight
-        metrics["is_truncated"] = outside.to(x.dtype)
-    if ref is not None:
-        gap = ref - x
-        capped = gap.clamp(max=LOG_RATIO_MAX)
-        kl = {"k1": -gap, "k2": gap.square() / 2, "k3": capped.exp() - capped - 1}[o.kl_estimator]
-        kl = kl * ratio if o.kl_bias_correction else kl
-        losses = losses + o.beta * kl
-        metrics["kl"] = kl
-    if entropy is not None:
-        losses = losses - o.entropy_coef * entropy
-        metrics["entropy"] = entropy
-    return losses, metrics
-
-
-def _ratio_metrics_ref(
-    ratio: Tensor, token_log_ratio: Tensor, adv: Tensor, o: LossOptions
-) -> dict[str, Tensor]:
-    log_ratio = token_log_ratio.clamp(max=LOG_RATIO_MAX)
-    metrics = {
-        "tokens": torch.ones_like(ratio),
-        "ratio_mean": ratio,
-        "approx_kl": log_ratio.exp() - 1 - log_ratio,
-    }
-    if o.loss_type == "cispo":
-        metrics["clip_high"] = ((ratio > o.epsilon_high) & (adv > 0)).to(ratio.dtype)
-        metrics["clip_region"] = metrics["clip_high"]
-    elif o.loss_type in CLIPPED_LOSSES:
-        metrics["clip_low"] = ((ratio < 1 - o.epsilon) & (adv < 0)).to(ratio.dtype)
-        metrics["clip_high"] = ((ratio > 1 + o.epsilon_high) & (adv > 0)).to(ratio.dtype)
-        metrics["clip_region"] = metrics["clip_low"] + metrics["clip_high"]
-    return metrics
-
-
-def _policy_loss_ref(ratio: Tensor, x: Tensor, adv: Tensor, o: LossOptions) -> Tensor:
-    if o.loss_type == "cispo":
-        return -ratio.detach().clamp(max=o.epsilon_high) * adv * x
-    if o.loss_type == "sapo":
-        positive = torch.full_like(adv, o.sapo_temperature_pos)
-        temperature = positive.where(adv > 0, o.sapo_temperature_neg)
-        return -torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature * adv
-    clipped = ratio.clamp(1 - o.epsilon, 1 + o.epsilon_high)
-    return -torch.minimum(ratio.clamp(max=o.delta) * adv, clipped * adv)
-
 
 # --------------------------------------------------------------------------------------------------
 # Weights: mask, per-sequence mean and denominator in one number per token
@@ -257,7 +109,7 @@ def token_weights(
     return mask / (default if denominator is None else denominator)
 
 
-@torch.library.custom_op("grpo_engine::sequence_mean_weights", mutates_args=())
+@custom_op("grpo_engine::sequence_mean_weights")
 def _sequence_mean_weights(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
     """mask / (its sum over the token's sequence), 0 where that is 0; fp32 [N]."""
     if use_triton(mask):
@@ -314,7 +166,7 @@ def loss_and_grad(
 # torch.library registration and autograd
 
 
-@torch.library.custom_op("grpo_engine::grpo_loss", mutates_args=())
+@custom_op("grpo_engine::grpo_loss")
 def _grpo_loss_op(
     logprobs: Tensor,
     old_logprobs: Tensor | None,
@@ -364,6 +216,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(grad, grad_entropy)
 
 
+@first_derivatives_only
 def _backward(ctx, grad_loss, *_):
     grad, grad_entropy = ctx.saved_tensors
     grads = [None] * 11
@@ -409,9 +262,10 @@ def grpo_loss(
 ) -> tuple[Tensor, LossMetrics]:
     """Policy-gradient loss of packed completions; formulas in the module docstring.
 
-    Per-token inputs are fp32 [N], N the completion tokens of S sequences laid end to end; gradients
-    flow to `logprobs` and `entropy` only. What masked-out tokens hold is never read into the
-    result.
+    Per-token inputs are fp32 [N], N the completion tokens of S sequences laid end to end. First
+    derivatives flow to `logprobs` and `entropy` only: any other tensor that requires grad is an
+    error (pass `.detach()`), and so is `create_graph=True`. What masked-out tokens hold is never
+    read into the result.
 
     Args:
         logprobs: of the current policy.
@@ -455,8 +309,9 @@ def grpo_loss(
 
     Raises:
         ValueError: an unknown, contradictory or out-of-range option, or a tensor of wrong shape,
-            dtype or device; names the argument and the value. `cu_seqlens` values are checked on
-            CPU tensors only (no sync).
+            dtype or device; names the argument and the value. `cu_seqlens` and `loss_mask` values
+            are checked on CPU tensors only (no sync).
+        RuntimeError: from backward, under `create_graph=True`.
     """
     options = make_loss_options(
         loss_type=loss_type,

@@ -14,13 +14,12 @@ import math
 import torch
 from torch import Tensor
 
-from grpo_engine.kernels.common import LAUNCH_OPTIONS, AotCase, jit, tl, triton
+from grpo_engine.kernels.common import LAUNCH_OPTIONS, jit, on_device_of_first, tl, triton
 from grpo_engine.kernels.loss_options import (
     CLIPPED_LOSSES,
     LOG_RATIO_MAX,
     NUM_METRICS,
     LossOptions,
-    make_loss_options,
 )
 
 TOKEN_BLOCK = 1024
@@ -32,6 +31,12 @@ PARTIALS = NUM_METRICS + 1  # the loss, then the metrics
 @jit
 def _at_most(value, cap):
     return tl.where(value > cap, cap, value)  # keeps NaN, which tl.minimum would drop
+
+
+@jit
+def _scaled(coefficient, value):
+    """coefficient * value, and 0 for a coefficient of 0 even where the value is infinite."""
+    return tl.where(coefficient == 0.0, 0.0, coefficient * value)
 
 
 @jit
@@ -143,15 +148,15 @@ def _token_terms(
     if HAS_REF:
         kl, kl_slope = _kl_term(tl.load(ref_ptr + offs, mask=live, other=0.0) - x, cap, KL)
         if KL_RATIO:
-            by_ratio += beta * kl
+            by_ratio += _scaled(beta, kl)
             kl, kl_slope = kl * ratio, kl_slope * ratio
-        loss += beta * kl
-        direct += beta * kl_slope
+        loss += _scaled(beta, kl)
+        direct += _scaled(beta, kl_slope)
 
     entropy = zero
     if HAS_ENTROPY:
         entropy = tl.load(entropy_ptr + offs, mask=live, other=0.0)
-        loss -= entropy_coef * entropy
+        loss -= _scaled(entropy_coef, entropy)
         tl.store(grad_entropy_ptr + offs, -entropy_coef * w, mask=inside)
 
     by_log_ratio = by_ratio * tl.where(log_ratio > cap, 0.0, ratio)
@@ -338,6 +343,7 @@ def _sequence_weights_kernel(out_ptr, mask_ptr, cu_seqlens_ptr, BLOCK: tl.conste
         tl.store(out_ptr + first + start + lanes, m * per_count, mask=inside)
 
 
+@on_device_of_first
 def sequence_mean_weights_triton(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
     """mask [N] fp32 / (its sum over the token's sequence), 0 where that is 0. A token that no
     sequence covers gets NaN: loud, where checking cu_seqlens would be a host sync."""
@@ -353,6 +359,7 @@ def sequence_mean_weights_triton(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
     return out
 
 
+@on_device_of_first
 def loss_and_grad_triton(
     x: Tensor,
     old: Tensor | None,
@@ -436,72 +443,3 @@ def constexprs(
         flags["SEQUENCE_RATIO"] = o.importance_level == "sequence"
         flags["SEQUENCE_IS"] = level == "sequence"
     return flags
-
-
-# Instances shipped, for ahead-of-time compilation (tests/test_aot.py).
-
-
-def _aot_case(fn, label: str, by_sequence: bool, has_old=True, **option_values) -> AotCase:
-    options = make_loss_options(**option_values)
-    flags = constexprs(
-        options,
-        has_old,
-        options.beta > 0,
-        options.is_correction is not None,
-        options.entropy_coef != 0,
-        by_sequence,
-    )
-    types = {"cu_seqlens_ptr": "*i32", "num_tokens": "i32"}
-    signature = {
-        name: types.get(name, "*fp32" if name.endswith("_ptr") else "fp32")
-        for name in fn.arg_names
-        if not name.isupper()
-    }
-    return AotCase(label, fn, signature, flags, NUM_WARPS)
-
-
-_EVERYTHING = {"beta": 1.0, "kl_bias_correction": True, "entropy_coef": 1.0}
-AOT_SIGNATURES = [
-    AotCase(
-        "f32",
-        _sequence_weights_kernel,
-        {"out_ptr": "*fp32", "mask_ptr": "*fp32", "cu_seqlens_ptr": "*i32"},
-        {"BLOCK": SEQUENCE_BLOCK},
-        NUM_WARPS,
-    ),
-    _aot_case(_token_kernel, "on-policy", False, has_old=False),
-    _aot_case(_token_kernel, "clip", False),
-    _aot_case(_token_kernel, "clip-k3", False, beta=1.0),
-    _aot_case(_sequence_kernel, "gspo", True, loss_type="gspo"),
-    *(
-        _aot_case(
-            _token_kernel,
-            f"{loss}-{how}-all",
-            False,
-            loss_type=loss,
-            is_correction=how,
-            **_EVERYTHING,
-        )
-        for loss, how in (
-            ("grpo", "token_truncate"),
-            ("cispo", "token_mask"),
-            ("sapo", "token_mask"),
-        )
-    ),
-    *(
-        _aot_case(
-            _sequence_kernel,
-            f"{loss}-{how}-all",
-            True,
-            loss_type=loss,
-            importance_level="sequence",
-            is_correction=how,
-            **_EVERYTHING,
-        )
-        for loss, how in (
-            ("grpo", "sequence_mask"),
-            ("cispo", "sequence_mask"),
-            ("sapo", "token_mask"),
-        )
-    ),
-]

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import torch
 
-from grpo_engine.kernels.common import use_triton
+from grpo_engine.kernels.common import custom_op, first_derivatives_only, use_triton
 from grpo_engine.kernels.grpo_loss import (
     NUM_METRICS,
     LossMetrics,
@@ -42,16 +42,19 @@ from grpo_engine.kernels.grpo_loss import (
     per_token_advantages,
     token_weights,
 )
-from grpo_engine.kernels.linear_logprobs import (
+from grpo_engine.kernels.head_chunks import (
     HeadGrads,
     Workspace,
-    check_head,
-    check_live_rows,
+    chunk_hidden,
     head_chunk_backward,
     head_row_chunks,
+    raw_logits,
+)
+from grpo_engine.kernels.linear_logprobs import (
+    check_head,
+    check_live_rows,
     linear_logprobs,
     linear_logprobs_ref,
-    raw_logits,
 )
 from grpo_engine.kernels.logprobs import split_temperature
 from grpo_engine.kernels.vocab_rows import LogitOptions, RowGrads, fold_rows
@@ -108,7 +111,7 @@ def combined_mask(
 # ---- Registered operator -------------------------------------------------------------------------
 
 
-@torch.library.custom_op("grpo_engine::linear_grpo", mutates_args=())
+@custom_op("grpo_engine::linear_grpo")
 def _linear_grpo(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -140,10 +143,11 @@ def _linear_grpo(
     loss, sums, logprobs = (
         hidden.new_zeros(shape, dtype=torch.float32) for shape in ((), NUM_METRICS, hidden.shape[0])
     )
-    into = HeadGrads.zeros(hidden, weight, tuple(needs), torch.float32)
+    into = HeadGrads.make(hidden, weight, tuple(needs), torch.float32)
     work = Workspace.make(hidden, weight.shape[0], for_gradient=any(needs))
     for index in head_row_chunks(hidden, work.rows, row_mask):
-        rows, ids, chunk_options = hidden[index], token_ids[index], options.rows(index)
+        rows = chunk_hidden(hidden, index, row_mask)
+        ids, chunk_options = token_ids[index], options.rows(index)
         live = None if row_mask is None else row_mask[index]
         logits = raw_logits(rows, weight, work.logits[: len(rows)])
         stats = fold_rows(logits, work.dlogits[: len(rows)], ids, chunk_options, want_entropy, live)
@@ -190,6 +194,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
 
 
+@first_derivatives_only
 def _backward(ctx, grad_loss, *_):
     results = [None] * 18
     if grad_loss is None:
@@ -243,11 +248,13 @@ def linear_grpo_loss(
             entropy_coef, max_completion_length, sapo_temperature_pos, sapo_temperature_neg.
 
     Returns:
-        (loss, metrics, logprobs): 0-d fp32, differentiable with respect to hidden, weight and bias;
+        (loss, metrics, logprobs): 0-d fp32, differentiable with respect to hidden, weight and bias
+        (once: backward raises RuntimeError under ``create_graph=True``);
         ``LossMetrics``; the current log-probabilities [N] fp32, without gradient.
 
     Raises:
-        ValueError: wrong shape, dtype, device, or option; the message names it.
+        ValueError: wrong shape, dtype, device, or option, or another tensor that requires grad; the
+            message names it.
         TypeError: an option that does not exist.
     """
     options = make_loss_options(**loss_options)

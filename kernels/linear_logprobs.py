@@ -16,42 +16,45 @@ half inputs are multiplied in fp32, a tile of the vocabulary at a time. On CUDA 
 
 Bytes on CUDA at half inputs, besides the GEMMs' own reads of X and W: forward 8 a logit (fp32
 written and read), backward 14 (the same again, then G written in half and read by two GEMMs).
-Workspace: one chunk of fp32 logits and one of G, ``CUDA_WORKSPACE_BYTES``. d weight in fp32: 4 D V.
+Workspace: one chunk of fp32 logits and one of G (head_chunks.py). d weight in fp32: 4 D V.
 
 Rows with ``row_mask`` False give logprob, entropy and lse 0 and take no gradient; their token ids
 are not looked at. On a CPU those rows, and in backward the rows whose incoming gradients are zero,
 are left out of the GEMMs. On CUDA counting them would be a host sync, so only the passes over
-their logits are skipped.
+their logits are skipped, and masked rows enter the GEMMs as zeros: what they hold cannot matter.
 """
 
 from __future__ import annotations
 
 import numbers
-from dataclasses import dataclass
 
 import torch
 
-from grpo_engine.kernels.common import INT_DTYPES, check_float, check_vector, use_triton
+from grpo_engine.kernels.common import (
+    INT_DTYPES,
+    check_float,
+    check_vector,
+    custom_op,
+    first_derivatives_only,
+    use_triton,
+)
+from grpo_engine.kernels.head_chunks import (
+    HeadGrads,
+    Workspace,
+    chunk_hidden,
+    head_chunk_backward,
+    head_row_chunks,
+    raw_logits,
+)
 from grpo_engine.kernels.logprobs import check_row_values, row_grads, split_temperature
 from grpo_engine.kernels.vocab_rows import (
     LogitOptions,
     RowGrads,
     RowStats,
     apply_logit_options,
-    dlogits_rows,
     fold_rows,
-    row_chunks,
     shift_rows,
 )
-
-# Logits of a chunk (fp32) and their gradient together. At V = 151,936 in bf16: 2,304 rows.
-CUDA_WORKSPACE_BYTES = 2 << 30
-# On a CPU: elements of a chunk's logits (a cache of 2 MB), but at least as many rows as keep the
-# GEMM from re-reading the weight too often, and at most as many as still add speed.
-CPU_CHUNK_ELEMENTS = 1 << 19
-CPU_CHUNK_ROWS = (128, 4096)
-# On a CPU: rows of a half-precision weight that are widened to fp32 at a time.
-CPU_VOCAB_TILE = 4096
 
 
 def linear_logprobs_ref(
@@ -92,184 +95,7 @@ def linear_logprobs_ref(
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-# ---- Chunks of rows, shared with linear_grpo.py --------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """Buffers for one chunk: ``logits`` [C, V] fp32 and ``dlogits`` [C, V] for their gradient, in
-    fp32 on the portable path (where the fold uses it as scratch) and the GEMM's dtype on Triton."""
-
-    logits: torch.Tensor
-    dlogits: torch.Tensor
-
-    @classmethod
-    def make(cls, hidden: torch.Tensor, vocab: int, *, for_gradient: bool) -> Workspace:
-        portable = not use_triton(hidden)
-        dtype = torch.float32 if portable else hidden.dtype
-        rows = min(chunk_rows(hidden, vocab), max(1, hidden.shape[0]))
-        return cls(
-            torch.empty(rows, vocab, dtype=torch.float32, device=hidden.device),
-            torch.empty(
-                rows if portable or for_gradient else 0, vocab, dtype=dtype, device=hidden.device
-            ),
-        )
-
-    @property
-    def rows(self) -> int:
-        return self.logits.shape[0]
-
-
-def chunk_rows(hidden: torch.Tensor, vocab: int) -> int:
-    """Rows of a chunk, from the memory budget of the device."""
-    if hidden.is_cuda:
-        bytes_per_row = vocab * (4 + hidden.element_size())
-        return max(128, CUDA_WORKSPACE_BYTES // bytes_per_row // 128 * 128)
-    least, most = CPU_CHUNK_ROWS
-    return max(least, min(most, CPU_CHUNK_ELEMENTS // vocab))
-
-
-def raw_logits(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """hidden [C, D] @ weight.T [D, V] in fp32, into ``out`` [C, V]."""
-    if hidden.dtype == torch.float32:
-        return torch.mm(hidden, weight.t(), out=out)
-    if hidden.is_cuda:
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
-    wide = hidden.float()
-    for start in range(0, weight.shape[0], CPU_VOCAB_TILE):
-        tile = slice(start, start + CPU_VOCAB_TILE)
-        out[:, tile] = wide @ weight[tile].float().t()
-    return out
-
-
-@dataclass(frozen=True)
-class HeadGrads:
-    """Gradients of the inputs of a head, summed over chunks; None where not needed."""
-
-    hidden: torch.Tensor | None  # [N, D]
-    weight: torch.Tensor | None  # [V, D] fp32
-    bias: torch.Tensor | None  # [V] fp32
-
-    @classmethod
-    def zeros(
-        cls,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        needs: tuple[bool, bool, bool],
-        hidden_dtype: torch.dtype,
-    ) -> HeadGrads:
-        need_hidden, need_weight, need_bias = needs
-        make = weight.new_zeros
-        return cls(
-            hidden.new_zeros(hidden.shape, dtype=hidden_dtype) if need_hidden else None,
-            make(weight.shape, dtype=torch.float32) if need_weight else None,
-            make(weight.shape[:1], dtype=torch.float32) if need_bias else None,
-        )
-
-    def add(
-        self,
-        index: slice | torch.Tensor,
-        dlogits: torch.Tensor,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        unscale: torch.Tensor | None,
-    ) -> None:
-        """Add a chunk: ``dlogits`` [C, V] times ``unscale`` (0-d; None: 1), ``hidden`` [C, D]."""
-        if self.bias is not None:
-            bias = dlogits.sum(0, dtype=torch.float32)
-            self.bias.add_(bias if unscale is None else bias * unscale)
-        if dlogits.dtype == torch.float32 and hidden.dtype != torch.float32:
-            self._add_widened(index, dlogits, hidden, weight)
-        elif dlogits.dtype == torch.float32:
-            if self.hidden is not None and isinstance(index, slice):
-                torch.mm(dlogits, weight, out=self.hidden[index])
-            elif self.hidden is not None:
-                self.hidden[index] = dlogits @ weight
-            if self.weight is not None:
-                self.weight.addmm_(dlogits.t(), hidden)
-        else:
-            self._add_half(index, dlogits, hidden, weight, unscale)
-
-    def _add_widened(self, index, dlogits, hidden, weight) -> None:
-        """fp32 GEMMs on half inputs (CPU), a tile of the vocabulary at a time."""
-        wide = hidden.float()
-        grad_hidden = torch.zeros_like(wide)
-        for start in range(0, weight.shape[0], CPU_VOCAB_TILE):
-            tile = slice(start, start + CPU_VOCAB_TILE)
-            if self.hidden is not None:
-                grad_hidden.addmm_(dlogits[:, tile], weight[tile].float())
-            if self.weight is not None:
-                self.weight[tile].addmm_(dlogits[:, tile].t(), wide)
-        if self.hidden is not None:
-            self.hidden[index] = grad_hidden.to(self.hidden.dtype)
-
-    def _add_half(self, index, dlogits, hidden, weight, unscale) -> None:
-        """Half GEMMs with fp32 results (Triton path). ``unscale`` costs a pass over [V, D]."""
-        if self.hidden is not None:
-            grad_hidden = half_mm(dlogits, weight)
-            if unscale is not None:
-                grad_hidden.mul_(unscale)
-            self.hidden[index] = grad_hidden.to(self.hidden.dtype)
-        if self.weight is None:
-            return
-        if unscale is not None:
-            self.weight.add_(half_mm(dlogits.t(), hidden).mul_(unscale))
-        elif dlogits.is_cuda:
-            torch.addmm(self.weight, dlogits.t(), hidden, out_dtype=torch.float32, out=self.weight)
-        else:
-            self.weight.add_(half_mm(dlogits.t(), hidden))
-
-
-def half_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b of half matrices with an fp32 result; widened where the device has no such GEMM."""
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def scale_for_half(grads: RowGrads, dtype: torch.dtype) -> tuple[RowGrads, torch.Tensor | None]:
-    """For fp16 only: the gradients divided by the power of two above their largest, and that power.
-
-    A token's gradient is about 1 / N times a probability, which fp16 flushes to zero; divided, the
-    largest of a chunk's dlogits is about 1, and rounds exactly as it would have. bf16 and fp32 have
-    the range: unchanged.
-    """
-    if dtype != torch.float16:
-        return grads, None
-    largest = torch.stack([g.abs().amax() for g in grads if g is not None and g.numel()]).amax()
-    power = torch.exp2(torch.ceil(torch.log2(torch.where(largest > 0, largest, 1.0))))
-    return RowGrads(*(None if g is None else g / power for g in grads)), power
-
-
-def head_chunk_backward(
-    index: slice | torch.Tensor,
-    work: Workspace,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    token_ids: torch.Tensor,
-    options: LogitOptions,
-    stats: RowStats,
-    grads: RowGrads,
-    row_mask: torch.Tensor | None,
-    into: HeadGrads,
-) -> None:
-    """Gradients of one chunk, whose logits are in ``work``; every argument is the chunk's own."""
-    rows = hidden.shape[0]
-    grads, unscale = scale_for_half(grads, work.dlogits.dtype)
-    dlogits = dlogits_rows(
-        work.dlogits[:rows], work.logits[:rows], token_ids, options, stats, grads, row_mask
-    )
-    into.add(index, dlogits, hidden, weight, unscale)
-
-
 # ---- Registered operators ------------------------------------------------------------------------
-
-
-def head_row_chunks(
-    hidden: torch.Tensor, rows_per_chunk: int, live: torch.Tensor | None
-) -> list[slice | torch.Tensor]:
-    """Chunks of the live rows on a CPU, of all rows on CUDA (see the module docstring)."""
-    return list(row_chunks(hidden.shape[0], rows_per_chunk, None if use_triton(hidden) else live))
 
 
 def check_live_rows(
@@ -287,7 +113,7 @@ def check_live_rows(
     check_row_values(token_ids, row_temperature, vocab)
 
 
-@torch.library.custom_op("grpo_engine::linear_logprobs", mutates_args=())
+@custom_op("grpo_engine::linear_logprobs")
 def _linear_logprobs(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -303,7 +129,9 @@ def _linear_logprobs(
     """The five fields of RowStats."""
     check_live_rows(token_ids, row_temperature, row_mask, weight.shape[0])
     options = LogitOptions(temperature, row_temperature, bias, logit_scale, logit_softcap)
-    stats = RowStats.zeros(hidden, hidden.shape[0], want_entropy)
+    # the CPU path visits the unmasked rows only, the Triton path writes every row
+    make_stats = RowStats.empty if row_mask is None or use_triton(hidden) else RowStats.zeros
+    stats = make_stats(hidden, hidden.shape[0], want_entropy)
     work = Workspace.make(hidden, weight.shape[0], for_gradient=False)
     for index in head_row_chunks(hidden, work.rows, row_mask):
         rows = hidden[index]
@@ -325,7 +153,7 @@ def _(hidden, weight, bias, token_ids, row_temperature, row_mask, *rest):
     return tuple(RowStats.empty(hidden, hidden.shape[0], want_entropy=rest[-1]))
 
 
-@torch.library.custom_op("grpo_engine::linear_logprobs_backward", mutates_args=())
+@custom_op("grpo_engine::linear_logprobs_backward")
 def _linear_logprobs_backward(
     grad_logprobs: torch.Tensor,
     grad_entropy: torch.Tensor | None,
@@ -346,11 +174,14 @@ def _linear_logprobs_backward(
     grads = RowGrads(grad_logprobs, grad_entropy, grad_lse)
     all_stats = RowStats(*stats)
     options = LogitOptions(temperature, row_temperature, bias, logit_scale, logit_softcap)
-    into = HeadGrads.zeros(hidden, weight, tuple(needs), hidden.dtype)
+    into = HeadGrads.make(hidden, weight, tuple(needs), hidden.dtype)
     work = Workspace.make(hidden, weight.shape[0], for_gradient=True)
-    live = grads.live() if row_mask is None else grads.live() & row_mask
+    live = None
+    if not use_triton(hidden):
+        live = grads.live() if row_mask is None else grads.live() & row_mask
     for index in head_row_chunks(hidden, work.rows, live):
-        rows, chunk_options, chunk = hidden[index], options.rows(index), all_stats.rows(index)
+        rows, chunk_options = chunk_hidden(hidden, index, row_mask), options.rows(index)
+        chunk = all_stats.rows(index)
         logits = raw_logits(rows, weight, work.logits[: len(rows)])
         if not use_triton(hidden):
             apply_logit_options(logits, chunk_options)
@@ -396,6 +227,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.scalars = (temperature, logit_softcap, logit_scale)
 
 
+@first_derivatives_only
 def _backward(ctx, *grads):
     tensors, stats = ctx.saved_tensors[:6], list(ctx.saved_tensors[6:])
     needs = [bool(need) for need in ctx.needs_input_grad[:3]]
@@ -480,7 +312,8 @@ def linear_logprobs(
 
     Returns:
         logprobs [N] fp32, or the tuple (logprobs[, entropy][, lse]); all differentiable with
-        respect to hidden, weight and bias. A gradient that is not needed is not computed.
+        respect to hidden, weight and bias, once: backward raises RuntimeError under
+        ``create_graph=True``. A gradient that is not needed is not computed.
 
     Raises:
         ValueError: wrong shape, dtype, device or option; the message names it.

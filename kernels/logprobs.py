@@ -30,7 +30,14 @@ import numbers
 
 import torch
 
-from grpo_engine.kernels.common import INT_DTYPES, check_float, check_vector, use_triton
+from grpo_engine.kernels.common import (
+    INT_DTYPES,
+    check_float,
+    check_vector,
+    custom_op,
+    first_derivatives_only,
+    use_triton,
+)
 from grpo_engine.kernels.vocab_rows import (
     LogitOptions,
     RowGrads,
@@ -84,7 +91,7 @@ def check_row_values(
         raise ValueError(f"temperature must be > 0, got {row_temperature.min().item()}")
 
 
-@torch.library.custom_op("grpo_engine::token_logprobs", mutates_args=())
+@custom_op("grpo_engine::token_logprobs")
 def _token_logprobs(
     logits: torch.Tensor,
     token_ids: torch.Tensor,
@@ -99,7 +106,7 @@ def _token_logprobs(
     options = LogitOptions(temperature, row_temperature)
     if use_triton(logits):
         return tuple(fold_rows(logits, logits, token_ids, options, want_entropy))
-    stats = RowStats.zeros(logits, num_rows, want_entropy)
+    stats = RowStats.empty(logits, num_rows, want_entropy)
     chunk_rows = max(1, min(num_rows, CPU_SCRATCH_ELEMENTS // vocab))
     buffer, scratch = torch.empty(2, chunk_rows, vocab, dtype=torch.float32)
     for index in row_chunks(num_rows, chunk_rows):
@@ -145,7 +152,7 @@ def _write_dlogits(
         out[~live] = 0.0
 
 
-@torch.library.custom_op("grpo_engine::token_logprobs_backward", mutates_args=())
+@custom_op("grpo_engine::token_logprobs_backward")
 def _token_logprobs_backward(
     grad_logprobs: torch.Tensor,
     grad_entropy: torch.Tensor | None,
@@ -168,7 +175,7 @@ def _(grad_logprobs, grad_entropy, grad_lse, logits, *_):
     return torch.empty_like(logits)
 
 
-@torch.library.custom_op("grpo_engine::token_logprobs_backward_", mutates_args=("logits",))
+@custom_op("grpo_engine::token_logprobs_backward_", mutates_args=("logits",))
 def _token_logprobs_backward_inplace(
     grad_logprobs: torch.Tensor,
     grad_entropy: torch.Tensor | None,
@@ -207,6 +214,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.temperature, ctx.inplace_backward = temperature, inplace_backward
 
 
+@first_derivatives_only
 def _backward(ctx, *grads):
     logits, token_ids, row_temperature, *stats = ctx.saved_tensors
     incoming = row_grads(grads[:3], stats[0])
@@ -265,7 +273,8 @@ def token_logprobs(
             must not use ``logits`` after backward; a second backward raises.
 
     Returns:
-        logprobs [N] fp32, or the tuple (logprobs[, entropy][, lse]). All are differentiable.
+        logprobs [N] fp32, or the tuple (logprobs[, entropy][, lse]). All are differentiable, once:
+        backward raises RuntimeError under ``create_graph=True``.
 
     Raises:
         ValueError: wrong shape, dtype, device, stride or option; the message names it.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_engine.kernels.common import INT_DTYPES, check_vector
+from grpo_engine.kernels.common import INT_DTYPES, check_no_gradient, check_vector
 
 CLIPPED_LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo")  # one formula, four normalisations
 LOSS_TYPES = (*CLIPPED_LOSSES, "cispo", "sapo", "gspo")
@@ -136,8 +136,14 @@ def make_loss_options(
         _number(name, value, low=0.0)
         if value == 0:
             raise ValueError(f"{name} must be > 0, got {value!r}")
-    if max_completion_length is not None and max_completion_length < 1:
-        raise ValueError(f"max_completion_length must be >= 1, got {max_completion_length!r}")
+    if not isinstance(kl_bias_correction, bool):
+        raise ValueError(f"kl_bias_correction must be True or False, got {kl_bias_correction!r}")
+    if max_completion_length is not None:
+        is_int = isinstance(max_completion_length, int)
+        if not is_int or isinstance(max_completion_length, bool) or max_completion_length < 1:
+            raise ValueError(
+                f"max_completion_length must be an int >= 1, got {max_completion_length!r}"
+            )
     if loss_type == "gspo":
         loss_type, importance_level = "grpo", "sequence"
     return LossOptions(
@@ -148,7 +154,7 @@ def make_loss_options(
         delta=_checked_delta(delta, loss_type, epsilon_high),
         beta=float(beta),
         kl_estimator=kl_estimator,
-        kl_bias_correction=bool(kl_bias_correction),
+        kl_bias_correction=kl_bias_correction,
         is_correction=is_correction,
         is_clip=_checked_is_clip(is_clip),
         entropy_coef=float(entropy_coef),
@@ -163,10 +169,15 @@ def _one_of(name: str, value: object, known: tuple) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _number(name: str, value: float, low: float = -math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not _is_number(value):
         raise ValueError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value) or value < low:
+    # comparisons alone: under torch.compile(dynamic=True) value is symbolic, and no math.isfinite
+    if not (low <= value < math.inf and value > -math.inf):
         bound = "" if low == -math.inf else f" and >= {low:g}"
         raise ValueError(f"{name} must be finite{bound}, got {value!r}")
 
@@ -192,14 +203,14 @@ def _checked_is_clip(is_clip: tuple[float | None, float | None]) -> tuple[float,
         raise ValueError(f"is_clip must be a pair (low, high), got {is_clip!r}")
     low = 0.0 if is_clip[0] is None else is_clip[0]
     high = math.inf if is_clip[1] is None else is_clip[1]
-    if not (isinstance(low, (int, float)) and isinstance(high, (int, float)) and 0 <= low < high):
+    if not (_is_number(low) and _is_number(high) and 0 <= low < high):
         raise ValueError(f"is_clip must hold 0 <= low < high (None: no bound), got {is_clip!r}")
     return float(low), float(high)
 
 
 def check_denominator(options: LossOptions, denominator: float | Tensor | None) -> None:
-    """ValueError unless `denominator` is None, a positive number or a one-element tensor, and can
-    be None."""
+    """ValueError unless `denominator` is None where it can be, a positive number, or a 0-d tensor
+    without gradient."""
     if denominator is None:
         if options.loss_type == "dr_grpo" and options.max_completion_length is None:
             raise ValueError(
@@ -210,7 +221,8 @@ def check_denominator(options: LossOptions, denominator: float | Tensor | None) 
             raise ValueError(
                 f"denominator must be a 0-d tensor, got shape {list(denominator.shape)}"
             )
-    elif not 0 < denominator < float("inf"):
+        check_no_gradient(denominator=denominator)
+    elif not (_is_number(denominator) and 0 < denominator < math.inf):
         raise ValueError(f"denominator must be > 0 and finite, got {denominator!r}")
 
 
@@ -236,7 +248,8 @@ def check_loss_inputs(
     """Check the tensors of a loss call; `fields` maps argument names to per-token fp32 tensors or
     None.
 
-    Raises ValueError naming the argument and what is wrong with it. Where an option needs a field
+    Raises ValueError naming the argument and what is wrong with it, a gradient that only `logprobs`
+    and `entropy` would get included. Where an option needs a field
     that `fields` lists as None, that is an error; a field that is not listed is the caller's own
     affair.
     """
@@ -244,10 +257,25 @@ def check_loss_inputs(
     for name, tensor in fields.items():
         if tensor is not None:
             check_vector(name, tensor, num_tokens, device, (torch.float32,))
+            if name not in ("logprobs", "entropy"):
+                check_no_gradient(**{name: tensor})
     if loss_mask is not None:
         check_vector("loss_mask", loss_mask, num_tokens, device)
+        _check_mask_values(loss_mask)
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, num_tokens, device)
+
+
+def _check_mask_values(loss_mask: Tensor) -> None:
+    """ValueError for a weight below 0 or not finite. CPU only: on CUDA reading it would be a
+    sync."""
+    check_no_gradient(loss_mask=loss_mask)
+    on_cpu = loss_mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and loss_mask.dtype != torch.bool and loss_mask.numel():
+        low, high = (value.item() for value in loss_mask.aminmax())
+        if not (low >= 0 and high < math.inf):
+            wrong = high if low >= 0 else low
+            raise ValueError(f"loss_mask must be finite and >= 0, got {wrong}")
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int, device: torch.device) -> None:

@@ -16,8 +16,10 @@ bus in one copy. Packing carries no gradient.
 
 from __future__ import annotations
 
+import cmath
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import numpy as np
@@ -25,7 +27,15 @@ import torch
 from torch import Tensor
 
 from grpo_engine import _C
-from grpo_engine.kernels.ragged import HostInts, Layout, Ragged, Source, check_element, host_ints
+from grpo_engine.kernels.ragged import (
+    MAX_TOKENS,
+    HostInts,
+    Layout,
+    Ragged,
+    Source,
+    check_element,
+    host_ints,
+)
 
 _ALIGNMENT = 128  # of each output, in bytes: a cache line, and what 16-byte stores need
 
@@ -74,8 +84,11 @@ def plan_batches(
     gets empty chunks (``[]``), for which it must still join the collectives.
 
     Raises ValueError naming the value: a sequence longer than ``max_tokens`` or of negative length,
-    ``max_tokens`` or ``num_ranks`` below 1, an unknown method.
+    ``max_tokens`` below 1, ``num_ranks`` outside 1 .. 2^20, an unknown method.
     """
+    for name, value in (("max_tokens", max_tokens), ("num_ranks", num_ranks)):
+        if abs(value) >= 2**63:  # pybind11 would answer with the types of all arguments
+            raise ValueError(f"{name} must be an int64, got {value}")
     return _C.plan_batches(
         host_ints("lengths", lengths), max_tokens, num_ranks, method, equal_counts
     )
@@ -263,7 +276,7 @@ def _pack(columns: list[_Column], layout: Layout, target: torch.device) -> list[
         )
     else:
         arena[: plan.nbytes] = host_plan
-        _C.pack_cpu(arena.data_ptr(), len(columns), num_sequences)
+        _C.pack_cpu(arena.data_ptr(), len(columns), num_sequences, num_tokens)
     arena = arena.to(target, non_blocking=True)
     cu_start = cu_seqlens.ctypes.data - plan.ctypes.data
     return [
@@ -312,6 +325,7 @@ def unpack_ref(
     pieces = list(packed.split(counts))
     if not padded:
         return pieces
+    _bits(pad_value, packed.dtype)
     rows = [
         torch.nn.functional.pad(piece, (0, width - len(piece)), value=pad_value) for piece in pieces
     ]
@@ -331,22 +345,27 @@ def unpack(
 
     Padding is on the right, ``pad_value``, written in the same pass. ``max_seqlen`` defaults to the
     longest sequence. Pass ``lengths`` (:attr:`PackedBatch.lengths`) to spare CUDA tensors the host
-    sync that reading ``cu_seqlens`` costs.
+    sync that reading ``cu_seqlens`` costs: the rows are then taken from ``lengths``, and the values
+    of a CUDA ``cu_seqlens`` are not looked at.
 
     Raises ValueError naming the value for a field that is not one-dimensional or carries gradients,
-    lengths that do not add up to N, a sequence longer than ``max_seqlen``, or a pad value the dtype
-    cannot hold; RuntimeError as :func:`pack_rollouts`.
+    ``cu_seqlens`` that does not ascend from 0 to N or, on the CPU, contradicts ``lengths``, lengths
+    that do not add up to N, a sequence longer than ``max_seqlen``, or a pad value the dtype cannot
+    hold; RuntimeError as :func:`pack_rollouts`.
     """
     counts, width = _unpack_layout(packed, cu_seqlens, lengths, max_seqlen)
     if not padded:
         return list(packed.split(counts))
     packed = packed.contiguous()
-    cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
+    offsets = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+    if packed.is_cuda:
+        offsets = offsets.pin_memory().to(packed.device, non_blocking=True)
     out = torch.empty(len(counts), width, dtype=packed.dtype, device=packed.device)
     job = _C.Unpack(
         destination=out.data_ptr(),
         packed=packed.data_ptr(),
-        cu_seqlens=cu_seqlens.data_ptr(),
+        num_tokens=len(packed),
+        cu_seqlens=offsets.data_ptr(),
         num_sequences=len(counts),
         row_length=width,
         element_size=packed.element_size(),
@@ -373,17 +392,21 @@ def _unpack_layout(
             f"cu_seqlens must be one-dimensional on {packed.device}, got shape "
             f"{tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
         )
-    counts = (
-        cu_seqlens.diff().tolist() if lengths is None else host_ints("lengths", lengths).tolist()
-    )
-    if (
-        len(counts) != len(cu_seqlens) - 1
-        or sum(counts) != len(packed)
-        or min(counts, default=0) < 0
-    ):
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or len(cu_seqlens) == 0:
         raise ValueError(
-            f"packed has {len(packed)} tokens and cu_seqlens {len(cu_seqlens)} entries; "
-            f"the {len(counts)} lengths add up to {sum(counts)}"
+            f"cu_seqlens must be int32 or int64 [S+1], got {cu_seqlens.dtype} "
+            f"{tuple(cu_seqlens.shape)}"
+        )
+    if len(packed) > MAX_TOKENS:
+        raise ValueError(f"packed has {len(packed)} tokens; cu_seqlens is int32")
+    bounds = cu_seqlens.tolist() if lengths is None or not cu_seqlens.is_cuda else None
+    if bounds is not None:
+        _check_bounds(bounds, len(packed))
+    if lengths is None:
+        counts = [end - start for start, end in pairwise(bounds)]
+    else:
+        counts = _checked_lengths(
+            host_ints("lengths", lengths).tolist(), cu_seqlens, bounds, packed
         )
     longest = max(counts, default=0)
     if max_seqlen is not None and max_seqlen < longest:
@@ -391,9 +414,53 @@ def _unpack_layout(
     return counts, longest if max_seqlen is None else max_seqlen
 
 
+def _check_bounds(bounds: list[int], num_tokens: int) -> None:
+    for s, (start, end) in enumerate(pairwise(bounds)):
+        if end < start:
+            raise ValueError(f"cu_seqlens[{s + 1}] = {end} is below cu_seqlens[{s}] = {start}")
+    if bounds[0] != 0 or bounds[-1] != num_tokens:
+        raise ValueError(
+            f"packed has {num_tokens} tokens, but cu_seqlens runs from {bounds[0]} to {bounds[-1]}"
+        )
+
+
+def _checked_lengths(
+    lengths: list[int], cu_seqlens: Tensor, bounds: list[int] | None, packed: Tensor
+) -> list[int]:
+    """``lengths``, which fit ``packed`` and, where they are known, the ``bounds``."""
+    for s, length in enumerate(lengths):
+        if length < 0:
+            raise ValueError(f"lengths[{s}] = {length} is negative")
+    if len(lengths) != len(cu_seqlens) - 1 or sum(lengths) != len(packed):
+        raise ValueError(
+            f"packed has {len(packed)} tokens and cu_seqlens {len(cu_seqlens)} entries; "
+            f"the {len(lengths)} lengths add up to {sum(lengths)}"
+        )
+    if bounds is not None:
+        for s, (length, (start, end)) in enumerate(zip(lengths, pairwise(bounds), strict=True)):
+            if length != end - start:
+                raise ValueError(
+                    f"lengths[{s}] = {length}, but by cu_seqlens sequence {s} has {end - start}"
+                )
+    return lengths
+
+
 def _bits(value: float, dtype: torch.dtype) -> int:
-    """The element ``value`` of ``dtype`` as the low bytes of an int64."""
-    if not dtype.is_floating_point and not dtype.is_complex and value != int(value):
-        raise ValueError(f"pad_value = {value} is not a value of {dtype}")
-    element = torch.tensor([value], dtype=dtype).view(torch.uint8).numpy().tobytes()
-    return int.from_bytes(element.ljust(8, b"\0"), "little", signed=True)
+    """The element ``value`` of ``dtype`` as the low bytes of an int64.
+
+    Integers must be kept exactly; floats may be rounded, but a finite one must stay finite.
+    """
+    error = ValueError(f"pad_value = {value} is not a value of {dtype}")
+    try:
+        element = torch.tensor([value], dtype=dtype)
+    except (RuntimeError, OverflowError, ValueError, TypeError) as cause:
+        raise error from cause
+    kept = element.item()
+    inexact = dtype.is_floating_point or dtype.is_complex
+    both_nan = value != value and kept != kept
+    if not (
+        kept == value or both_nan or (inexact and cmath.isfinite(value) and cmath.isfinite(kept))
+    ):
+        raise error
+    raw = element.view(torch.uint8).numpy().tobytes()
+    return int.from_bytes(raw.ljust(8, b"\0"), "little", signed=True)

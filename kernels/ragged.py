@@ -79,7 +79,8 @@ class Layout:
         device = torch.device("cpu")
         if isinstance(sequences, (Tensor, np.ndarray)):
             counts, starts, num_flat = _tensor_layout(tuple(sequences.shape), lengths, offsets)
-            device = torch.as_tensor(sequences).device
+            if isinstance(sequences, Tensor):
+                device = sequences.device
         else:
             if lengths is not None or offsets is not None:
                 raise ValueError("lengths and offsets describe one tensor; a list needs neither")
@@ -210,6 +211,12 @@ def _as_tensor(name: str, values: Sequence[float] | np.ndarray | Tensor) -> Tens
     if not isinstance(values, np.ndarray):
         kind = "i" if array.size == 0 else array.dtype.kind
         array = array.astype({"f": np.float32, "b": np.bool_}.get(kind, np.int64))
+    if array.dtype.itemsize > 8:
+        raise ValueError(f"{name} has elements of {array.dtype.itemsize} bytes ({array.dtype})")
+    if not array.dtype.isnative:
+        raise ValueError(f"{name} has dtype {array.dtype.str}, not this machine's byte order")
+    if min(array.strides, default=0) < 0:
+        raise ValueError(f"{name} has negative strides {array.strides}; copy it with .copy() first")
     return torch.from_numpy(array)
 
 

@@ -1,4 +1,4 @@
-"""Shared test set-up: pinned environment, NaN-poisoned memory, and who runs the
+"""Shared test set-up: pinned environment, poisoned memory, and who runs the
 marks `triton` and `gpu`.
 
 `pytest` runs everything that needs neither a GPU nor Triton; `TRITON_INTERPRET=1 pytest -m triton`
@@ -54,18 +54,25 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+def poison_of(dtype: torch.dtype) -> float | int | bool:
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    if dtype == torch.bool:  # a byte other than 0 and 1 is undefined behaviour in a C++ bool
+        return True
+    return int.from_bytes(b"\xa5" * dtype.itemsize, "little", signed=dtype.is_signed)
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised floating-point memory holds NaN, so that a kernel that misses an element, or
-    reads one that nobody wrote, fails its test instead of passing on memory that happened to be
-    zero."""
+    """Uninitialised memory holds NaN, or in integers the byte 0xA5 over and over (an index far out
+    of any range), so that a kernel that misses an element, or reads one that nobody wrote, fails
+    its test instead of passing on memory that happened to be zero."""
 
     def poison(made: torch.Tensor) -> torch.Tensor:
-        fake = isinstance(made, torch._subclasses.FakeTensor) or made.device.type == "meta"
-        if not fake and (made.is_floating_point() or made.is_complex()):
-            with torch.no_grad():
-                made.fill_(float("nan"))
-        return made
+        if isinstance(made, torch._subclasses.FakeTensor) or made.device.type == "meta":
+            return made
+        with torch.no_grad():
+            return made.fill_(poison_of(made.dtype))
 
     def poisoned(make):
         def made(*args, **kwargs):

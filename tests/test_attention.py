@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -150,6 +151,14 @@ def test_no_square_of_the_pack_is_made():
         ({"backend": "magic"}, "backend"),
         ({"backend": "torch", "softcap": 2.0}, "softcap"),
         ({"max_seqlen": -1}, "max_seqlen"),
+        ({"max_seqlen": 3}, "max_seqlen = 3, but a sequence has 4 tokens"),
+        ({"max_seqlen": 3, "backend": "torch"}, "max_seqlen = 3, but a sequence has 4 tokens"),
+        ({"cu_seqlens": torch.tensor([1, 4], dtype=torch.int32)}, r"ascend from 0, got \[1, 4\]"),
+        ({"cu_seqlens": torch.tensor([0, 6, 4], dtype=torch.int32)}, "ascend from 0"),
+        (
+            {"cu_seqlens": torch.tensor([0, 3], dtype=torch.int32), "backend": "torch"},
+            "cu_seqlens ends at 3, q has 4",
+        ),
         ({"cu_seqlens": torch.tensor([0, 4])}, "int32"),
         ({"cu_seqlens": torch.tensor([0, 3], dtype=torch.int32)}, "cu_seqlens ends at 3"),
         ({"k": torch.zeros(5, 4, 16), "v": torch.zeros(5, 4, 16)}, "differ in tokens"),
@@ -173,14 +182,14 @@ def test_padded_plan_is_refused_without_causality():
         varlen_attention(q, k, v, **pack, causal=False, plan=plan)
 
 
-def dense_as_flash(q, k, v, cu, window, causal, scale, softcap=None):
+def dense_as_flash(q, k, v, cu, max_seqlen, window, causal, scale, softcap=None):
     """The reference under FlashAttention's convention: keys left and right of the query's own."""
     return varlen_attention_ref(
         q,
         k,
         v,
         cu_seqlens=cu,
-        max_seqlen=0,
+        max_seqlen=max_seqlen,
         causal=causal,
         scale=scale,
         window=None if window[0] < 0 else window[0] + 1,
@@ -188,16 +197,16 @@ def dense_as_flash(q, k, v, cu, window, causal, scale, softcap=None):
     )
 
 
-def varlen_attn_2_9(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False, return_aux=None):
+def varlen_attn_2_10(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False, return_aux=None):
     assert q.shape[1] == k.shape[1]
-    return dense_as_flash(q, k, v, cu_q, (-1, -1), is_causal, None)
+    return dense_as_flash(q, k, v, cu_q, max_q, (-1, -1), is_causal, None)
 
 
 def varlen_attn_2_11(
     q, k, v, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
 ):
     assert q.shape[1] == k.shape[1]
-    return dense_as_flash(q, k, v, cu_q, window_size, window_size[1] == 0, scale)
+    return dense_as_flash(q, k, v, cu_q, max_q, window_size, window_size[1] == 0, scale)
 
 
 def varlen_attn_2_13(
@@ -214,10 +223,10 @@ def varlen_attn_2_13(
     enable_gqa=False,
 ):
     assert enable_gqa or q.shape[1] == k.shape[1]
-    return dense_as_flash(q, k, v, cu_q, window_size, window_size[1] == 0, scale)
+    return dense_as_flash(q, k, v, cu_q, max_q, window_size, window_size[1] == 0, scale)
 
 
-@pytest.mark.parametrize("version", [varlen_attn_2_9, varlen_attn_2_11, varlen_attn_2_13])
+@pytest.mark.parametrize("version", [varlen_attn_2_10, varlen_attn_2_11, varlen_attn_2_13])
 @pytest.mark.parametrize("options", [{}, {"scale": 0.7}, {"causal": False}, {"window": 5}], ids=str)
 def test_every_signature_of_torch_varlen_attn(monkeypatch, version, options):
     """The function itself needs CUDA; that we translate to each release's arguments does not."""
@@ -226,7 +235,7 @@ def test_every_signature_of_torch_varlen_attn(monkeypatch, version, options):
         sys.modules, "torch.nn.attention.varlen", types.SimpleNamespace(varlen_attn=version)
     )
     q, k, v, pack = make_pack([5, 9, 2], kv_heads=2)
-    if "window" in options and version is varlen_attn_2_9:
+    if "window" in options and version is varlen_attn_2_10:
         with pytest.raises(ValueError, match="window=5"):
             varlen_attention(q, k, v, **pack, **options, backend="torch")
         return
@@ -236,15 +245,62 @@ def test_every_signature_of_torch_varlen_attn(monkeypatch, version, options):
 
 def test_installed_torch_has_a_signature_we_know():
     found = attention._torch_varlen()
-    assert found is not None
-    assert {"window_size", "is_causal"} & found[1]
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    assert (found is not None) == (version >= (2, 10))
+    assert found is None or {"window_size", "is_causal"} & found[1]
+
+
+class OnCuda:
+    """What ``choose_backend`` asks of a CUDA tensor."""
+
+    is_cuda, device = True, torch.device("cuda", 1)
+    dtype, shape = torch.bfloat16, (9, 4, 64)
+
+
+@pytest.mark.parametrize(
+    ("capability", "backend"), [(70, "buckets"), (75, "buckets"), (80, "torch"), (120, "torch")]
+)
+def test_auto_takes_flash_attention_only_where_the_device_has_it(monkeypatch, capability, backend):
+    asked = []
+    monkeypatch.setattr(attention, "device_arch", lambda index: asked.append(index) or capability)
+    monkeypatch.setattr(attention, "_torch_varlen", lambda: (None, frozenset({"window_size"})))
+    assert attention.choose_backend(OnCuda, OnCuda, None, None) == backend
+    assert asked == [1]
+
+
+def test_refusals_of_the_torch_backend_name_the_way_out(monkeypatch):
+    arguments = (OnCuda, None, None, None, 9, True, None, None)
+    monkeypatch.setattr(attention, "device_arch", lambda index: 75)
+    monkeypatch.setattr(attention, "_torch_varlen", lambda: (None, frozenset()))
+    with pytest.raises(ValueError, match=r"8\.0 or newer, cuda:1 has 7\.5; backend='buckets'"):
+        attention._attention_torch(*arguments)
+    monkeypatch.setattr(attention, "_torch_varlen", lambda: None)
+    with pytest.raises(ValueError, match=r"torch >= 2\.10, this is .*; backend='buckets'"):
+        attention._attention_torch(*arguments)
+
+
+@pytest.mark.gpu
+def test_plan_of_a_cuda_pack_costs_one_sync():
+    """The read of cu_seqlens; the indices go back from pinned memory."""
+    cu_seqlens = torch.tensor([0, *LENGTHS], device="cuda").cumsum(0).int()
+    assert plan_buckets(cu_seqlens).token_of_slot.is_cuda
+    with warnings.catch_warnings(record=True) as syncs:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            plan_buckets(cu_seqlens)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(syncs) == 1, [str(sync.message) for sync in syncs]
 
 
 def test_flash_attn_arguments(monkeypatch):
     def flash_attn_varlen_func(
         q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size, softcap
     ):
-        return dense_as_flash(q, k, v, cu_q, window_size, causal, softmax_scale, softcap or None)
+        return dense_as_flash(
+            q, k, v, cu_q, max_q, window_size, causal, softmax_scale, softcap or None
+        )
 
     fake = types.ModuleType("flash_attn")
     fake.flash_attn_varlen_func = flash_attn_varlen_func

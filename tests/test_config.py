@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import yaml
 
@@ -125,3 +128,15 @@ def test_help_lists_every_field(capsys):
     out = capsys.readouterr().out
     for name in GRPOConfig.model_fields:
         assert f"--{name} " in out
+
+
+@pytest.mark.parametrize("verb", ["report", "doctor"])
+def test_help_of_the_small_verbs(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    assert f"grpo-engine {verb}" in capsys.readouterr().out
+
+
+def test_a_closed_pipe_is_no_traceback():
+    command = f"{sys.executable} -m grpo_engine.cli grpo --help | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd="/")
+    assert done.stderr == ""

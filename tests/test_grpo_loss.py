@@ -133,7 +133,7 @@ def run(fn, batch: dict, **options):
     """(loss, gradient of logprobs, gradient of entropy, metrics)."""
     loss, metrics = fn(**batch, **options)
     leaves = (batch["logprobs"], batch["entropy"])
-    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     return loss.detach(), *grads, metrics
 
 
@@ -358,6 +358,24 @@ def test_extreme_log_ratios_stay_finite(loss_type: str, shift: float, path_devic
     assert torch.isfinite(loss) and torch.isfinite(grad).all()
     assert all(math.isfinite(value) for value in metrics.to_dict().values())
     assert_matches_reference(batch, **options)
+
+
+@pytest.mark.parametrize("fn", [grpo_loss, grpo_loss_ref])
+@pytest.mark.parametrize("name", ["kl-k1", "kl-k2", "kl-k3", "kl-k3-corrected", "gspo", "cispo"])
+def test_a_term_with_coefficient_zero_is_absent(name: str, fn, path_device):
+    """An infinite KL estimate or entropy that is only reported does not make the loss 0 * inf."""
+    options = OPTIONS[name] | {"beta": 0.0}
+    batch = make_batch(path_device)
+    clean = run(fn, batch, **options)
+    live = batch["loss_mask"].nonzero()[0, 0]
+    batch["ref_logprobs"][live] = -math.inf
+    with torch.no_grad():
+        batch["entropy"][live] = math.inf
+    got = run(fn, batch, **options)
+    assert torch.equal(got[0], clean[0]) and torch.equal(got[1], clean[1])
+    assert torch.isfinite(got[0]) and torch.equal(got[2], torch.zeros_like(got[2]))
+    means = got[3].to_dict()
+    assert math.isinf(means["kl"]) and math.isinf(means["entropy"])
 
 
 def test_clipped_tokens_have_exactly_no_gradient(path_device):
@@ -603,7 +621,13 @@ BAD_OPTIONS = [
     ({"sapo_temperature_pos": 0.0}, "sapo_temperature_pos.*0.0"),
     ({"loss_type": "dr_grpo"}, "dr_grpo.*max_completion_length"),
     ({"max_completion_length": 0}, "max_completion_length.*0"),
+    ({"max_completion_length": 2.5}, "max_completion_length must be an int >= 1, got 2.5"),
+    ({"max_completion_length": True}, "max_completion_length.*True"),
+    ({"kl_bias_correction": "yes"}, "kl_bias_correction must be True or False, got 'yes'"),
+    ({"is_clip": (True, 3)}, r"is_clip.*\(True, 3\)"),
     ({"denominator": 0.0}, "denominator.*0.0"),
+    ({"denominator": True}, "denominator.*True"),
+    ({"denominator": "3"}, "denominator.*'3'"),
     ({"denominator": torch.ones(2)}, r"denominator.*\[2\]"),
     ({"old_logprobs": torch.zeros(3)}, r"old_logprobs.*\[44\].*\[3\]"),
     ({"logprobs": torch.zeros(4, 11)}, r"logprobs.*\[4, 11\]"),
@@ -613,6 +637,10 @@ BAD_OPTIONS = [
     ({"advantages": torch.zeros(5)}, r"advantages.*\[44\].*\[6\].*\[5\]"),
     ({"advantages": torch.zeros(44, dtype=torch.float64)}, "advantages.*float64"),
     ({"loss_mask": torch.ones(43)}, r"loss_mask.*\[43\]"),
+    ({"loss_mask": torch.linspace(-1, 1, 44)}, "loss_mask must be finite and >= 0, got -1.0"),
+    ({"loss_mask": torch.tensor([math.nan] + [1.0] * 43)}, "loss_mask.*nan"),
+    ({"loss_mask": torch.tensor([math.inf] + [1.0] * 43)}, "loss_mask.*inf"),
+    ({"loss_mask": -torch.ones(44, dtype=torch.int32)}, "loss_mask.*-1"),
     ({"cu_seqlens": torch.tensor([0, 40])}, "cu_seqlens.*44.*40"),
     ({"cu_seqlens": torch.tensor([0, 50, 44])}, "cu_seqlens"),
     ({"cu_seqlens": torch.tensor([0.0, 44.0])}, "cu_seqlens.*float32"),

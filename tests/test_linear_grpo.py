@@ -21,7 +21,7 @@ from grpo_engine.kernels.linear_grpo import _linear_grpo
 from grpo_engine.kernels.loss_options import make_loss_options
 from grpo_engine.kernels.testing import assert_accurate
 
-HEAD_MODULE = importlib.import_module("grpo_engine.kernels.linear_logprobs")
+HEAD_MODULE = importlib.import_module("grpo_engine.kernels.head_chunks")
 
 VARIANTS = {
     "grpo": {},
@@ -35,6 +35,16 @@ VARIANTS = {
     "gspo": {"loss_type": "gspo", "epsilon": 3e-3, "entropy_coef": 0.01},
     "sequence_mask": {"is_correction": "sequence_mask", "beta": 0.1},
 }
+TRITON_DTYPES = [
+    torch.float32,
+    torch.float16,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(
+            not torch.cuda.is_available(), reason="Triton's interpreter has no bfloat16"
+        ),
+    ),
+]
 TOKEN_LEVEL = [name for name in VARIANTS if name not in ("gspo", "sequence_mask")]
 
 
@@ -121,7 +131,7 @@ def test_against_reference(variant, dtype, device) -> None:
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
 @pytest.mark.parametrize("variant", ["paper", "entropy", "gspo"])
 def test_against_reference_triton(variant, dtype, device) -> None:
     check_against_reference((13, 257, 16), dtype, device, **VARIANTS[variant])
@@ -235,6 +245,27 @@ def test_row_mask_is_a_loss_mask(device) -> None:
     assert torch.equal(ours[3][1], expected[3][1])
 
 
+def check_masked_rows_may_hold_anything(variant, device) -> None:
+    positional, fields = make_batch(13, 57, 8, device)
+    clean = run(linear_grpo_loss, positional, fields, **VARIANTS[variant])
+    positional[0][~fields["loss_mask"]] = torch.nan
+    got = run(linear_grpo_loss, positional, fields, **VARIANTS[variant])
+    assert torch.equal(got[0], clean[0]) and got[2] == clean[2]
+    for tensor, expected in zip(got[3], clean[3], strict=True):
+        assert torch.equal(tensor, expected)
+
+
+@pytest.mark.parametrize("variant", ["grpo", "gspo"])
+def test_masked_rows_may_hold_anything(variant, device) -> None:
+    check_masked_rows_may_hold_anything(variant, device)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("variant", ["grpo", "gspo"])
+def test_masked_rows_may_hold_anything_triton(variant, device) -> None:
+    check_masked_rows_may_hold_anything(variant, device)
+
+
 def check_incoming_gradient(dtype, device) -> None:
     """The loss's gradient is made before the scale of a loss scaler is known: an fp16 gradient of
     1e-9 must not have been flushed by then. Backward may run twice."""
@@ -255,8 +286,9 @@ def test_incoming_gradient(dtype, device) -> None:
 
 
 @pytest.mark.triton
-def test_incoming_gradient_triton(device) -> None:
-    check_incoming_gradient(torch.float16, device)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+def test_incoming_gradient_triton(dtype, device) -> None:
+    check_incoming_gradient(dtype, device)
 
 
 def profile_call(call) -> tuple[int, int]:

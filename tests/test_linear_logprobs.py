@@ -12,8 +12,18 @@ from grpo_engine.kernels import linear_logprobs, linear_logprobs_ref, token_logp
 from grpo_engine.kernels.linear_logprobs import _linear_logprobs, _linear_logprobs_backward
 from grpo_engine.kernels.testing import assert_accurate
 
-MODULE = importlib.import_module("grpo_engine.kernels.linear_logprobs")
+MODULE = importlib.import_module("grpo_engine.kernels.head_chunks")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_DTYPES = [
+    torch.float32,
+    torch.float16,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(
+            not torch.cuda.is_available(), reason="Triton's interpreter has no bfloat16"
+        ),
+    ),
+]
 
 
 def make_head(num_rows, vocab, width, device, spread=3.0):
@@ -103,7 +113,7 @@ def test_three_way_accuracy(shape, dtype, device) -> None:
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
 def test_three_way_accuracy_triton(dtype, device) -> None:
     hidden, weight, bias, token_ids = make_head(7, 1009, 33, device)
     check_three_ways(hidden, weight, None, token_ids, dtype, temperature=0.9)
@@ -168,6 +178,25 @@ def test_masked_rows(device) -> None:
 @pytest.mark.triton
 def test_masked_rows_triton(device) -> None:
     check_masked_rows(device)
+
+
+def check_masked_rows_may_hold_anything(device) -> None:
+    hidden, weight, bias, token_ids = make_head(10, 57, 8, device)
+    mask = torch.arange(10, device=device) % 2 == 0
+    clean = run(linear_logprobs, hidden, weight, token_ids, bias, row_mask=mask)
+    hidden[~mask] = torch.nan
+    got = run(linear_logprobs, hidden, weight, token_ids, bias, row_mask=mask)
+    for expected, tensor in zip((*clean[0], *clean[1]), (*got[0], *got[1]), strict=True):
+        assert torch.equal(tensor, expected)
+
+
+def test_masked_rows_may_hold_anything(device) -> None:
+    check_masked_rows_may_hold_anything(device)
+
+
+@pytest.mark.triton
+def test_masked_rows_may_hold_anything_triton(device) -> None:
+    check_masked_rows_may_hold_anything(device)
 
 
 def test_no_rows(device) -> None:

@@ -10,11 +10,22 @@ from grpo_engine.kernels.logprobs import (
     CPU_SCRATCH_ELEMENTS,
     _token_logprobs,
     _token_logprobs_backward,
+    _token_logprobs_backward_inplace,
 )
 from grpo_engine.kernels.testing import assert_accurate
 
 NAMES = ("logprobs", "entropy", "lse", "dlogits")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_DTYPES = [
+    torch.float32,
+    torch.float16,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(
+            not torch.cuda.is_available(), reason="Triton's interpreter has no bfloat16"
+        ),
+    ),
+]
 
 
 def run(op, logits, token_ids, *, dtype=None, used=(1.0, 0.3, 0.2), **options):
@@ -67,7 +78,7 @@ def test_three_way_accuracy(shape, dtype, device) -> None:
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
 @pytest.mark.parametrize("shape", [(1, 53), (5, 4099)])
 def test_three_way_accuracy_triton(shape, dtype, device) -> None:
     logits, token_ids = make_case(*shape, device)
@@ -310,12 +321,18 @@ def test_opcheck(rows) -> None:
         grads = torch.randn(3, 4).unbind()
         arguments = (*grads, logits.detach(), token_ids, per_row, stats, 0.7)
         torch.library.opcheck(_token_logprobs_backward, arguments)
+        torch.library.opcheck(_token_logprobs_backward_inplace, arguments)
 
 
-def test_compiles_whole_and_once() -> None:
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiles_whole_and_once(inplace) -> None:
     def loss(logits, token_ids):
         logprobs, entropy = token_logprobs(
-            logits * 2.0, token_ids, temperature=0.8, return_entropy=True
+            logits * 2.0,
+            token_ids,
+            temperature=0.8,
+            return_entropy=True,
+            inplace_backward=inplace,
         )
         return (logprobs - 0.1 * entropy).sum()
 

@@ -109,6 +109,10 @@ def test_wheel_metadata(wheel):
     short = {"torch", "transformers", "safetensors", "numpy", "pydantic", "pyyaml", "rich"}
     assert mandatory == short
     assert "License-Expression: Apache-2.0" in lines
+    for extra in ("language", "all"):
+        assert extra in {line.removeprefix("Provides-Extra: ") for line in lines}
+    (lingua,) = (line for line in lines if "lingua-language-detector" in line)
+    assert lingua.endswith('extra == "language"')
     folder = metadata.rsplit("/", 1)[0]
     entry_points = archive.read(f"{folder}/entry_points.txt").decode()
     assert "grpo-engine = grpo_engine.cli:main" in entry_points
@@ -120,7 +124,12 @@ def test_sdist_holds_what_a_build_and_a_test_run_need(sdist):
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     needed = ["setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "CHANGELOG.md", "Makefile"]
     needed += [f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()]
-    needed += ["kernels/__init__.py", "tests/conftest.py"]
+    needed += ["kernels/__init__.py", "README.md", "tests/aot_resources.json", ".clang-format"]
+    needed += [
+        f"{folder}/{path.name}"
+        for folder in ("tests", "benchmarks")
+        for path in (ROOT / folder).glob("*.py")
+    ]
     assert set(needed) <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
@@ -176,6 +185,24 @@ def test_transformers_survives_the_repository_root_on_sys_path():
         assert kernels.__version__
     """
     succeed([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, PYTHONPATH=str(ROOT))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_gpu_runs_every_file_whose_tests_take_a_device():
+    """Most of those tests carry no mark, so no mark can select them."""
+    commands = succeed(["make", "-n", "gpu"], cwd=ROOT)
+    takes_a_device = re.compile(r"^def test_\w+\([^)]*\bdevice\b", re.MULTILINE)
+    for path in (ROOT / "tests").glob("test_*.py"):
+        text = path.read_text(encoding="utf-8")
+        if takes_a_device.search(text) and '"device"' not in text:  # the fixture, no parameter
+            assert f" tests/{path.name}" in commands, path.name
+    for named in re.findall(r"tests/test_\w+\.py", commands):
+        assert (ROOT / named).exists(), named
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_demo_replaces_the_run_of_the_last_one():
+    assert re.search(r"grpo --recipe \S+ --overwrite$", succeed(["make", "-n", "demo"], cwd=ROOT))
 
 
 def test_versions_agree():

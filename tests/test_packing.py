@@ -238,6 +238,17 @@ def test_fields_are_independent_for_autograd():
     assert x.grad.tolist() == [2.0, 3.0]
 
 
+def test_what_no_pass_writes_is_poisoned(monkeypatch):
+    """The tests above can only miss an unwritten integer if memory happens to hold the answer."""
+    monkeypatch.setattr(_C, "pack_cpu", lambda *arguments: None)
+    batch = pack_rollouts([[1, 2], [3]], {"x": [[1.0, 2.0], [3.0]]})
+    a5 = torch.tensor([0xA5], dtype=torch.uint8)
+    for tensor in (batch.token_ids, batch.position_ids, batch.segment_ids, batch.fields["x"]):
+        assert (tensor.view(torch.uint8) == a5).all()
+    assert (torch.empty_strided((2, 3), (1, 4), dtype=torch.int16) == -0x5A5B).all()
+    assert torch.ones(2).new_empty(3, dtype=torch.bool).all()
+
+
 def test_outputs_do_not_alias():
     ids = torch.arange(6)
     batch = pack_rollouts(ids, {"x": ids}, offsets=[0, 2, 6])
@@ -277,6 +288,21 @@ def test_pack_names_what_is_wrong(arguments, message):
 
 
 @pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.arange(3.0)[::-1], r"x has negative strides \(-8,\)"),
+        (np.arange(3, dtype=">i4"), "x has dtype >i4, not this machine's byte order"),
+        (np.arange(3, dtype=np.longdouble), "x has elements of 16 bytes"),
+    ],
+)
+def test_pack_names_arrays_that_torch_cannot_hold(array, message):
+    with pytest.raises(ValueError, match=message):
+        pack_rollouts([[1, 2], [3]], {"x": array})
+    with pytest.raises(ValueError, match=message.replace("x has", "sequences has")):
+        pack_rollouts(array, offsets=[0, 3])
+
+
+@pytest.mark.parametrize(
     ("sequences", "arguments", "message"),
     [
         (torch.arange(3), {}, r"got shape \(3,\), offsets missing, lengths missing"),
@@ -299,15 +325,66 @@ def test_pack_names_wrong_sequences(sequences, arguments, message):
     [
         (torch.ones(2, 2), [0, 2], {}, r"one-dimensional, got shape \(2, 2\)"),
         (torch.ones(2, requires_grad=True), [0, 2], {}, "detach"),
-        (torch.ones(3), [0, 2], {}, "3 tokens .* add up to 2"),
+        (torch.ones(3), [0, 2], {}, "3 tokens, but cu_seqlens runs from 0 to 2"),
+        (torch.ones(2), [1, 3], {}, "2 tokens, but cu_seqlens runs from 1 to 3"),
+        (torch.ones(2), [-1, 1], dict(padded=True), "cu_seqlens runs from -1 to 1"),
+        (torch.ones(2), [0, 4, 2], {}, r"cu_seqlens\[2\] = 2 is below cu_seqlens\[1\] = 4"),
+        (torch.ones(2), [], {}, r"cu_seqlens must be .* \(0,\)"),
+        (torch.ones(2), [0, 9, 2], dict(lengths=[1, 1], padded=True), r"cu_seqlens\[2\] = 2 is"),
+        (torch.ones(2), [7, 7, 7], dict(lengths=[1, 1], padded=True), "runs from 7 to 7"),
+        (torch.ones(2), [0, 2, 2], dict(lengths=[1, 1]), r"lengths\[0\] = 1, but .* has 2"),
+        (torch.ones(2), [0, 2, 2], dict(lengths=[3, -1]), r"lengths\[1\] = -1 is negative"),
         (torch.ones(2), [0, 2], dict(lengths=[1, 1]), "cu_seqlens 2 entries; the 2 lengths"),
         (torch.ones(2), [0, 2], dict(padded=True, max_seqlen=1), "max_seqlen = 1, but .* 2 tokens"),
         (torch.arange(2), [0, 2], dict(padded=True, pad_value=0.5), "pad_value = 0.5"),
+        (
+            torch.ones(2, dtype=torch.uint8),
+            [0, 2],
+            dict(padded=True, pad_value=300),
+            "pad_value = 300 .*uint8",
+        ),
+        (torch.arange(2), [0, 2], dict(padded=True, pad_value=float("inf")), "pad_value = inf"),
+        (torch.arange(2), [0, 2], dict(padded=True, pad_value=float("nan")), "pad_value = nan"),
+        (torch.ones(2).half(), [0, 2], dict(padded=True, pad_value=1e6), "pad_value = 1000000.0"),
+        (torch.ones(2).bool(), [0, 2], dict(padded=True, pad_value=2), "pad_value = 2 .*bool"),
     ],
 )
 def test_unpack_names_what_is_wrong(packed, cu_seqlens, arguments, message):
     with pytest.raises(ValueError, match=message):
         unpack(packed, torch.tensor(cu_seqlens, dtype=torch.int32), **arguments)
+
+
+@pytest.mark.parametrize(
+    "cu_seqlens", [[1, 3], [0, 3], [-1, 2], [0, 5, 2], [0, -4, 2], [2**30, 2**30 + 2]]
+)
+def test_the_extension_itself_refuses_rows_outside_the_field(cu_seqlens):
+    """Behind every check in Python: nothing is read past the two tokens, nothing written."""
+    packed, out = torch.ones(2), torch.zeros(len(cu_seqlens) - 1, 2)
+    offsets = torch.tensor(cu_seqlens, dtype=torch.int32)
+    job = _C.Unpack(
+        destination=out.data_ptr(),
+        packed=packed.data_ptr(),
+        num_tokens=2,
+        cu_seqlens=offsets.data_ptr(),
+        num_sequences=len(cu_seqlens) - 1,
+        row_length=2,
+        element_size=4,
+        pad_bits=0,
+    )
+    with pytest.raises(ValueError, match="cu_seqlens must ascend from 0 to 2, got"):
+        _C.unpack_cpu(job)
+    assert not out.any()
+
+
+@pytest.mark.gpu
+def test_lengths_are_the_truth_on_the_device():
+    """With ``lengths`` a CUDA cu_seqlens is not read, so wrong ones do no harm."""
+    packed = torch.arange(3, device="cuda")
+    wrong = torch.tensor([7, 900_000_000, -5], dtype=torch.int32, device="cuda")
+    rows = unpack(packed, wrong, padded=True, lengths=[1, 2], pad_value=-1)
+    assert rows.tolist() == [[0, -1], [1, 2]]
+    with pytest.raises(ValueError, match=r"cu_seqlens\[2\] = -5 is below"):
+        unpack(packed, wrong)
 
 
 @pytest.mark.gpu

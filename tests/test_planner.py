@@ -146,7 +146,14 @@ def test_equal_counts_halves_the_heaviest_chunk():
         (dict(lengths=[3, 9, 2], max_tokens=8), r"lengths\[1\] = 9 exceeds max_tokens = 8"),
         (dict(lengths=[3, -1], max_tokens=8), r"lengths\[1\] = -1 is negative"),
         (dict(lengths=[1], max_tokens=0), "max_tokens must be >= 1, got 0"),
-        (dict(lengths=[1], max_tokens=1, num_ranks=0), "num_ranks must be >= 1, got 0"),
+        (dict(lengths=[1], max_tokens=1, num_ranks=0), "num_ranks must be in 1 .. 1048576, got 0"),
+        (dict(lengths=[1], max_tokens=1, num_ranks=10**10), "num_ranks must .* got 10000000000"),
+        (dict(lengths=[1], max_tokens=1, num_ranks=10**20), "num_ranks must be an int64, got 1000"),
+        (dict(lengths=[1], max_tokens=10**19), "max_tokens must be an int64, got 1000"),
+        (
+            dict(lengths=[2**62, 2**62], max_tokens=2**62),
+            r"lengths add up to 2\^63 or more at lengths\[1\] = 4611686018427387904",
+        ),
         (dict(lengths=[1], max_tokens=1, method="first_fit"), "method .* got 'first_fit'"),
         (dict(lengths=[1.5], max_tokens=2), "lengths must be integers, got float64"),
         (dict(lengths=[[1]], max_tokens=2), r"lengths must be one-dimensional, got shape \(1, 1\)"),
@@ -158,14 +165,13 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("num_ranks", [1, 64])
+@pytest.mark.parametrize("num_ranks", [1, 8, 64])
 def test_plans_100_000_sequences_fast(method, num_ranks):
-    """Measured on one core of a busy 2-core machine: best_fit 20 ms, lpt 50, kk 70. The limit
-    leaves room for a slow CI machine and still fails for anything quadratic."""
+    """Under 100 ms of processor time, whatever else the machine is doing."""
     lengths = rollout_lengths(100_000)
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         plan_batches(lengths, 16384, num_ranks=num_ranks, method=method)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.4, seconds
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.1, seconds

@@ -1,0 +1,239 @@
+"""One chunk of rows of a language-model head: the GEMMs around the row kernels, their workspace.
+
+linear_logprobs.py and linear_grpo.py walk the rows of ``hidden`` [N, D] in chunks of C: logits
+[C, V] in fp32, one pass over them (vocab_rows.py), gradients of hidden, weight and bias added up.
+Precision and bytes are in the docstring of linear_logprobs.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from grpo_engine.kernels.common import device_arch, use_triton
+from grpo_engine.kernels.vocab_rows import (
+    LogitOptions,
+    RowGrads,
+    RowStats,
+    dlogits_rows,
+    row_chunks,
+)
+
+# Logits of a chunk (fp32) and their gradient together. At V = 151,936 in bf16: 2,304 rows.
+CUDA_WORKSPACE_BYTES = 2 << 30
+# On a CPU: elements of a chunk's logits (a cache of 2 MB), but at least as many rows as keep the
+# GEMM from re-reading the weight too often, and at most as many as still add speed.
+CPU_CHUNK_ELEMENTS = 1 << 19
+CPU_CHUNK_ROWS = (128, 4096)
+# On a CPU: rows of a half-precision weight that are widened to fp32 at a time.
+CPU_VOCAB_TILE = 4096
+# torch.addmm adds a half product to an fp32 matrix since 2.10 (pytorch pull request 167931); before
+# that d weight takes a product [V, D] of its own and a pass to add it.
+ADDMM_TAKES_HALF = torch.__version__ >= (2, 10)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Buffers for one chunk: ``logits`` [C, V] fp32 and ``dlogits`` [C, V] for their gradient, in
+    fp32 on the portable path (where the fold uses it as scratch) and the GEMM's dtype on Triton."""
+
+    logits: torch.Tensor
+    dlogits: torch.Tensor
+
+    @classmethod
+    def make(cls, hidden: torch.Tensor, vocab: int, *, for_gradient: bool) -> Workspace:
+        check_half_gemm(hidden)
+        portable = not use_triton(hidden)
+        dtype = torch.float32 if portable else hidden.dtype
+        rows = min(chunk_rows(hidden, vocab), max(1, hidden.shape[0]))
+        return cls(
+            torch.empty(rows, vocab, dtype=torch.float32, device=hidden.device),
+            torch.empty(
+                rows if portable or for_gradient else 0, vocab, dtype=dtype, device=hidden.device
+            ),
+        )
+
+    @property
+    def rows(self) -> int:
+        return self.logits.shape[0]
+
+
+def check_half_gemm(hidden: torch.Tensor) -> None:
+    """ValueError for half inputs on a CUDA device older than Ampere: its GEMMs cannot be relied on
+    to return bf16 and fp16 products in fp32."""
+    if not hidden.is_cuda or hidden.dtype == torch.float32:
+        return
+    arch = device_arch(hidden.device.index)
+    if arch < 80:
+        raise ValueError(
+            f"hidden is {hidden.dtype}, which needs compute capability >= 8.0; {hidden.device} has "
+            f"{arch // 10}.{arch % 10}: pass float32"
+        )
+
+
+def chunk_rows(hidden: torch.Tensor, vocab: int) -> int:
+    """Rows of a chunk, from the memory budget of the device."""
+    if hidden.is_cuda:
+        bytes_per_row = vocab * (4 + hidden.element_size())
+        return max(128, CUDA_WORKSPACE_BYTES // bytes_per_row // 128 * 128)
+    least, most = CPU_CHUNK_ROWS
+    return max(least, min(most, CPU_CHUNK_ELEMENTS // vocab))
+
+
+def chunk_hidden(
+    hidden: torch.Tensor, index: slice | torch.Tensor, row_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Rows [C, D] of a chunk. Masked ones reach the GEMMs on the Triton path; there they are zeros,
+    as in d weight = G.T @ hidden the zeros of G do not silence a NaN."""
+    if row_mask is None or not use_triton(hidden):
+        return hidden[index]
+    return torch.where(row_mask[index][:, None], hidden[index], 0.0)
+
+
+def raw_logits(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """hidden [C, D] @ weight.T [D, V] in fp32, into ``out`` [C, V]."""
+    if hidden.dtype == torch.float32:
+        return torch.mm(hidden, weight.t(), out=out)
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
+    wide = hidden.float()
+    for start in range(0, weight.shape[0], CPU_VOCAB_TILE):
+        tile = slice(start, start + CPU_VOCAB_TILE)
+        out[:, tile] = wide @ weight[tile].float().t()
+    return out
+
+
+@dataclass(frozen=True)
+class HeadGrads:
+    """Gradients of the inputs of a head, summed over chunks; None where not needed."""
+
+    hidden: torch.Tensor | None  # [N, D]
+    weight: torch.Tensor | None  # [V, D] fp32
+    bias: torch.Tensor | None  # [V] fp32
+
+    @classmethod
+    def make(
+        cls,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        needs: tuple[bool, bool, bool],
+        hidden_dtype: torch.dtype,
+    ) -> HeadGrads:
+        need_hidden, need_weight, need_bias = needs
+        make = weight.new_zeros
+        # the Triton path writes every row of it
+        make_hidden = hidden.new_empty if use_triton(hidden) else hidden.new_zeros
+        return cls(
+            make_hidden(hidden.shape, dtype=hidden_dtype) if need_hidden else None,
+            make(weight.shape, dtype=torch.float32) if need_weight else None,
+            make(weight.shape[:1], dtype=torch.float32) if need_bias else None,
+        )
+
+    def add(
+        self,
+        index: slice | torch.Tensor,
+        dlogits: torch.Tensor,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        unscale: torch.Tensor | None,
+    ) -> None:
+        """Add a chunk: ``dlogits`` [C, V] times ``unscale`` (0-d; None: 1), ``hidden`` [C, D]."""
+        if self.bias is not None:
+            bias = dlogits.sum(0, dtype=torch.float32)
+            self.bias.add_(bias if unscale is None else bias * unscale)
+        if dlogits.dtype == torch.float32 and hidden.dtype != torch.float32:
+            self._add_widened(index, dlogits, hidden, weight)
+        elif dlogits.dtype == torch.float32:
+            if self.hidden is not None and isinstance(index, slice):
+                torch.mm(dlogits, weight, out=self.hidden[index])
+            elif self.hidden is not None:
+                self.hidden[index] = dlogits @ weight
+            if self.weight is not None:
+                self.weight.addmm_(dlogits.t(), hidden)
+        else:
+            self._add_half(index, dlogits, hidden, weight, unscale)
+
+    def _add_widened(self, index, dlogits, hidden, weight) -> None:
+        """fp32 GEMMs on half inputs (CPU), a tile of the vocabulary at a time."""
+        wide = hidden.float()
+        grad_hidden = torch.zeros_like(wide)
+        for start in range(0, weight.shape[0], CPU_VOCAB_TILE):
+            tile = slice(start, start + CPU_VOCAB_TILE)
+            if self.hidden is not None:
+                grad_hidden.addmm_(dlogits[:, tile], weight[tile].float())
+            if self.weight is not None:
+                self.weight[tile].addmm_(dlogits[:, tile].t(), wide)
+        if self.hidden is not None:
+            self.hidden[index] = grad_hidden.to(self.hidden.dtype)
+
+    def _add_half(self, index, dlogits, hidden, weight, unscale) -> None:
+        """Half GEMMs with fp32 results (Triton path). ``unscale`` costs a pass over [V, D]."""
+        if self.hidden is not None:
+            grad_hidden = half_mm(dlogits, weight)
+            if unscale is not None:
+                grad_hidden.mul_(unscale)
+            self.hidden[index] = grad_hidden.to(self.hidden.dtype)
+        if self.weight is None:
+            return
+        if unscale is not None:
+            self.weight.add_(half_mm(dlogits.t(), hidden).mul_(unscale))
+        else:
+            add_half_mm(self.weight, dlogits.t(), hidden)
+
+
+def half_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b of half matrices with an fp32 result; widened where the device has no such GEMM."""
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def add_half_mm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b of half matrices, in fp32."""
+    if a.is_cuda and ADDMM_TAKES_HALF:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.add_(half_mm(a, b))
+
+
+def scale_for_half(grads: RowGrads, dtype: torch.dtype) -> tuple[RowGrads, torch.Tensor | None]:
+    """For fp16 only: the gradients divided by the power of two above their largest, and that power.
+
+    A token's gradient is about 1 / N times a probability, which fp16 flushes to zero; divided, the
+    largest of a chunk's dlogits is about 1, and rounds exactly as it would have. bf16 and fp32 have
+    the range: unchanged.
+    """
+    if dtype != torch.float16:
+        return grads, None
+    largest = torch.stack([g.abs().amax() for g in grads if g is not None and g.numel()]).amax()
+    power = torch.exp2(torch.ceil(torch.log2(torch.where(largest > 0, largest, 1.0))))
+    return RowGrads(*(None if g is None else g / power for g in grads)), power
+
+
+def head_chunk_backward(
+    index: slice | torch.Tensor,
+    work: Workspace,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    options: LogitOptions,
+    stats: RowStats,
+    grads: RowGrads,
+    row_mask: torch.Tensor | None,
+    into: HeadGrads,
+) -> None:
+    """Gradients of one chunk, whose logits are in ``work``; every argument is the chunk's own."""
+    rows = hidden.shape[0]
+    grads, unscale = scale_for_half(grads, work.dlogits.dtype)
+    dlogits = dlogits_rows(
+        work.dlogits[:rows], work.logits[:rows], token_ids, options, stats, grads, row_mask
+    )
+    into.add(index, dlogits, hidden, weight, unscale)
+
+
+def head_row_chunks(
+    hidden: torch.Tensor, rows_per_chunk: int, live: torch.Tensor | None
+) -> list[slice | torch.Tensor]:
+    """Chunks of the live rows on a CPU, of all rows on CUDA (see the module docstring)."""
+    return list(row_chunks(hidden.shape[0], rows_per_chunk, None if use_triton(hidden) else live))
