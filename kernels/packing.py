@@ -17,6 +17,7 @@ bus in one copy. Packing carries no gradient.
 from __future__ import annotations
 
 import cmath
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -89,9 +90,17 @@ def plan_batches(
     for name, value in (("max_tokens", max_tokens), ("num_ranks", num_ranks)):
         if abs(value) >= 2**63:  # pybind11 would answer with the types of all arguments
             raise ValueError(f"{name} must be an int64, got {value}")
-    return _C.plan_batches(
-        host_ints("lengths", lengths), max_tokens, num_ranks, method, equal_counts
-    )
+    # The plan of 100,000 sequences is some 10,000 lists, and so many new containers would have the
+    # garbage collector walk every object of the process: 80 ms of a 40 ms call.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return _C.plan_batches(
+            host_ints("lengths", lengths), max_tokens, num_ranks, method, equal_counts
+        )
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def completion_rows(prompt_lengths: HostInts, completion_lengths: HostInts) -> Tensor:
