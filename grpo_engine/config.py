@@ -119,7 +119,7 @@ class GRPOConfig(BaseModel):
     )
 
     # --- loss (see grpo_engine.kernels.grpo_loss) ------------------------------------------------
-    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "gspo"] = "grpo"
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "luspo", "cispo", "sapo", "gspo"] = "grpo"
     importance_sampling_level: Literal["token", "sequence"] = "token"
     epsilon: float = Field(0.2, gt=0)
     epsilon_high: float | None = Field(None, gt=0)

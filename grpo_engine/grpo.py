@@ -307,7 +307,7 @@ class GRPORun:
         """Sequences or tokens of the mini-batch that count (house rule: what was scorable), dead or
         not."""
         counted = mini_batch[arrays.counted[mini_batch]]
-        if self.config.loss_type in ("grpo", "sapo", "gspo"):
+        if self.config.loss_type in ("grpo", "sapo", "gspo", "luspo"):
             return float(len(counted))
         if self.config.loss_type == "dr_grpo":
             return float(len(counted) * arrays.max_completion_length)

@@ -9,7 +9,7 @@ A and x = log pi of the token under the current policy:
     rho_s = exp(sum_s m (x - old) / sum_s m)                  "sequence": GSPO, arXiv 2507.18071
 
     p_t   = -min(min(rho, delta) A, clip(rho, 1 - epsilon, 1 + epsilon_high) A)
-                 grpo (DeepSeekMath eq 3), dr_grpo (2503.20783), dapo (2503.14476), bnpo;
+                 grpo (DeepSeekMath eq 3), dr_grpo (2503.20783), dapo (2503.14476), bnpo, luspo;
                  delta: INTELLECT-2 (2505.07291)
           = -min(rho, epsilon_high).detach() A x              cispo (2506.13585)
           = -(4 / tau) sigmoid(tau (rho - 1)) A               sapo (2511.20347), tau by sign of A
@@ -104,6 +104,8 @@ def token_weights(
         default = num_sequences
     elif options.loss_type == "dr_grpo":
         default = num_sequences * (options.max_completion_length or 1)
+    elif options.loss_type == "luspo":
+        default = num_sequences
     else:
         default = mask.sum().clamp(min=1.0) if denominator is None else 1.0
     return mask / (default if denominator is None else denominator)
@@ -281,8 +283,9 @@ def grpo_loss(
             weight 1.
         entropy: of the full distribution, per token; needed if entropy_coef != 0, else only
             reported.
-        loss_type: grpo | dr_grpo | dapo | bnpo | cispo | sapo | gspo (= grpo with
-            importance_level="sequence").
+        loss_type: grpo | dr_grpo | dapo | bnpo | luspo | cispo | sapo | gspo (= grpo with
+            importance_level="sequence"). luspo (length-unbiased; meant for sequence ratios) is gspo
+            without the mean over a sequence's tokens.
         importance_level: ratio per token, or one length-normalised ratio per sequence.
         epsilon, epsilon_high: clip range [1 - epsilon, 1 + epsilon_high]; epsilon_high defaults to
             epsilon. For cispo epsilon_high is the cap of the ratio itself and defaults to 5
@@ -301,8 +304,8 @@ def grpo_loss(
         denominator: divides the summed loss, so that micro-batches of any cut add up: for grpo and
             sapo (gspo) the sum of per-sequence masked means, otherwise the sum over tokens. None =
             of this call: grpo and sapo the number of sequences (an all-masked one counts as 0 in
-            the sum and 1 in the number), dr_grpo sequences x max_completion_length, dapo, bnpo and
-            cispo the masked-in tokens.
+            the sum and 1 in the number), luspo the number of sequences, dr_grpo sequences x
+            max_completion_length, dapo, bnpo and cispo the masked-in tokens.
 
     Returns:
         (loss, metrics): 0-d fp32 and `LossMetrics`, whose `to_dict()` is the only host sync.

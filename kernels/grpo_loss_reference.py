@@ -51,7 +51,7 @@ def grpo_loss_ref(
         advantages = advantages.repeat_interleave(lengths)
     num_sequences = len(ends) - 1
     if denominator is None:
-        if o.loss_type in ("grpo", "sapo"):
+        if o.loss_type in ("grpo", "sapo", "luspo"):
             denominator = num_sequences
         elif o.loss_type == "dr_grpo":
             denominator = num_sequences * o.max_completion_length

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grpo_engine.kernels.common import INT_DTYPES, check_no_gradient, check_vector
 
-CLIPPED_LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo")  # one formula, four normalisations
+CLIPPED_LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo")  # one formula, five normalisations
 LOSS_TYPES = (*CLIPPED_LOSSES, "cispo", "sapo", "gspo")
 IMPORTANCE_LEVELS = ("token", "sequence")
 KL_ESTIMATORS = ("k1", "k2", "k3")

@@ -138,7 +138,7 @@ def assert_same_gradients(one, other, tolerance=2e-6):
         assert (one[name] - other[name]).abs().max() / scale < tolerance, name
 
 
-LOSSES = ["grpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo"]
+LOSSES = ["grpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "gspo"]
 MIXED = (
     [1.0, 0.0, 0.0, 1.0] + [1.0] * 4 + [0.0, 1.0, 1.0, 1.0] + [0.0] * 4
 )  # groups 1 and 3 are dead

@@ -37,6 +37,8 @@ OPTIONS = {
     "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": 30},
     "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
     "bnpo": {"loss_type": "bnpo"},
+    "luspo": {"loss_type": "luspo", "importance_level": "sequence", "epsilon": 0.03},
+    "luspo-token": {"loss_type": "luspo"},
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.1},
     "sapo": {"loss_type": "sapo"},
     "sapo-temperatures": {
@@ -160,7 +162,7 @@ def test_the_batch_reaches_both_sides_of_every_bound(name: str):
     """Else a wrong clip or mask would pass the comparison above unseen."""
     means = run(grpo_loss_ref, make_batch(torch.device("cpu")), **OPTIONS[name])[3].to_dict()
     options = make_loss_options(**OPTIONS[name])
-    if options.loss_type in ("grpo", "dr_grpo", "dapo", "bnpo") and options.epsilon < 1:
+    if options.loss_type in ("grpo", "dr_grpo", "dapo", "bnpo", "luspo") and options.epsilon < 1:
         assert 0 < means["clip_low"] < 1 and 0 < means["clip_high"] < 1, means
     if options.loss_type == "cispo":
         assert (0 < means["clip_high"] < 1) or options.epsilon_high >= 5, means
@@ -171,7 +173,7 @@ def test_the_batch_reaches_both_sides_of_every_bound(name: str):
 @pytest.mark.parametrize("seed", range(12))
 def test_random_options_match_reference(seed: int, path_device):
     draw = random.Random(seed)
-    loss_type = draw.choice(["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "gspo"])
+    loss_type = draw.choice(["grpo", "dr_grpo", "dapo", "bnpo", "luspo", "cispo", "sapo", "gspo"])
     is_clipped = loss_type not in ("cispo", "sapo")
     options = {
         "loss_type": loss_type,

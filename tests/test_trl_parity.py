@@ -26,7 +26,7 @@ pytest.importorskip("trl", minversion="1.16.0")
 pytestmark = pytest.mark.skipif(interpreting(), reason="compares the portable path")
 
 LENGTHS, WIDTH = (7, 3, 12, 0, 1, 9), 12  # completion tokens; one row is all padding
-NOT_OURS = {"luspo", "vespo"}  # in TRL, not in grpo_loss
+NOT_OURS = {"vespo"}  # in TRL, not in grpo_loss
 
 
 @pytest.fixture(scope="module")
