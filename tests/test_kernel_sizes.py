@@ -136,9 +136,10 @@ def test_old_logprobs_recomputed_alike_are_the_same_bits(device) -> None:
 
 
 @pytest.mark.parametrize("chunk_rows", [7, 32])
-def test_old_logprobs_recomputed_otherwise_stay_within_1e_6(chunk_rows, monkeypatch) -> None:
-    """Other chunks, and rows packed in another order between other rows: |ratio - 1| <= 1e-6 for
-    tokens that the policy sampled (below a logprob of -8 one unit of fp32 is already 9.5e-7)."""
+def test_old_logprobs_recomputed_otherwise_stay_within_4e_6(chunk_rows, monkeypatch) -> None:
+    """Other chunks, and rows packed in another order between other rows: |ratio - 1| <= 4e-6 for
+    tokens that the policy sampled, the bound of the row-split tests. A BLAS picks its kernel by
+    rows and threads, and near a logprob of -8 one unit of fp32 is already 9.5e-7."""
     hidden, weight = torch.randn(193, 64), torch.randn(301, 64) * 2 / 8
     token_ids = torch.softmax(hidden @ weight.T, -1).multinomial(1).squeeze(1)
     now = linear_logprobs(hidden, weight, token_ids)
@@ -146,7 +147,7 @@ def test_old_logprobs_recomputed_otherwise_stay_within_1e_6(chunk_rows, monkeypa
     monkeypatch.setattr(CHUNKS, "CPU_CHUNK_ROWS", (chunk_rows, chunk_rows))
     packed = linear_logprobs(hidden[order], weight, token_ids[order])
     old = torch.full_like(now, torch.nan).scatter_(0, order, packed)
-    assert ((now.double() - old.double()).exp() - 1).abs().max() <= 1e-6
+    assert ((now.double() - old.double()).exp() - 1).abs().max() <= 4e-6
 
 
 def test_rows_of_logits_packed_otherwise_are_the_same_bits(device) -> None:
