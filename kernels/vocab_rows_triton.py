@@ -6,7 +6,7 @@ The options that are off cost nothing: their code is compiled out.
 
 from __future__ import annotations
 
-from grpo_engine.kernels.common import AotCase, jit, tl
+from grpo_engine.kernels.common import jit, tl
 
 # (BLOCK_V, num_warps) by compute capability: 16 fp32 values a thread, no spills
 # (tests/test_aot.py). Not yet timed on a device.
@@ -241,68 +241,3 @@ def _dlogits_rows_kernel(
         dlogits *= 1.0 - capped * capped
     dlogits *= logit_scale
     tl.store(out_ptr + offs_v, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask_v)
-
-
-# ---- Instances shipped, for ahead-of-time compilation --------------------------------------------
-
-
-def _aot_case(fn, logits_type: str, blocks: tuple[int, int], out_type="fp32", **flags) -> AotCase:
-    """A kernel at one logits type; every flag not named is off."""
-    block, num_warps = blocks
-    types = {
-        "dlogits_ptr": "*" + out_type,
-        "logits_ptr": "*" + logits_type,
-        "token_ids_ptr": "*i64",
-        "bias_ptr": "*" + out_type,
-        "row_mask_ptr": "*u8",
-        "V": "i32",
-        "stride_logits_n": "i32",
-        "stride_dlogits_n": "i32",
-    }
-    signature, constexprs = {}, {"BLOCK_V": block}
-    for name in fn.arg_names:
-        if name.isupper() and name not in ("V", "BLOCK_V"):
-            constexprs[name] = flags.get(name, False)
-        elif name != "BLOCK_V":
-            signature[name] = types.get(name, "*fp32" if name.endswith("_ptr") else "fp32")
-    label = "-".join([logits_type, out_type, *(name.lower() for name, on in flags.items() if on)])
-    return AotCase(label, fn, signature, constexprs, num_warps)
-
-
-# Half logits come from token_logprobs, fp32 ones from the head chunks (bias, softcap, row mask).
-AOT_SIGNATURES = [
-    *(
-        _aot_case(_fold_rows_kernel, dtype, FOLD_BLOCKS[90], WITH_ENTROPY=entropy)
-        for dtype in ("bf16", "fp16", "fp32")
-        for entropy in (False, True)
-    ),
-    _aot_case(
-        _fold_rows_kernel,
-        "fp32",
-        FOLD_BLOCKS[90],
-        HAS_BIAS=True,
-        HAS_SOFTCAP=True,
-        HAS_ROW_TEMPERATURE=True,
-        HAS_ROW_MASK=True,
-        WITH_ENTROPY=True,
-    ),
-    *(
-        _aot_case(
-            _dlogits_rows_kernel, dtype, DLOGITS_BLOCKS[90], out_type=out, HAS_GRAD_ENTROPY=entropy
-        )
-        for dtype, out in (("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "bf16"), ("fp32", "fp32"))
-        for entropy in (False, True)
-    ),
-    _aot_case(
-        _dlogits_rows_kernel,
-        "fp32",
-        DLOGITS_BLOCKS[90],
-        out_type="bf16",
-        HAS_BIAS=True,
-        HAS_SOFTCAP=True,
-        HAS_ROW_TEMPERATURE=True,
-        HAS_ROW_MASK=True,
-        HAS_GRAD_ENTROPY=True,
-        HAS_GRAD_LSE=True,
-    ),
-]

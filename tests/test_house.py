@@ -127,6 +127,24 @@ def test_importing_everything_loads_no_optional_package():
     assert done.stdout.strip() == "[]"
 
 
+def test_everything_runs_without_triton():
+    """make demo installs none: a CPU needs none."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+import grpo_engine.train, grpo_engine.doctor
+from grpo_engine.kernels import grpo_loss, linear_grpo_loss
+hidden = torch.randn(5, 8, requires_grad=True)
+weight, ids, ones = torch.randn(11, 8), torch.arange(5), torch.ones(5)
+linear_grpo_loss(hidden, weight, ids, None, ones)[0].backward()
+grpo_loss(-ones, None, ones)
+print(bool(hidden.grad.isfinite().all()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.stdout.strip() == "True", done.stderr
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_stay_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
