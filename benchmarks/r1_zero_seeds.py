@@ -24,6 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from grpo_engine.manifest import code_version
 from grpo_engine.metrics import read_metrics
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,7 +34,16 @@ SAMPLED = ("reward", "rewards/accuracy/mean", "completions/mean_length", "kl", "
 
 
 def run(seed: int) -> dict:
-    command = [sys.executable, "-m", "grpo_engine.cli", "grpo", "--recipe", RECIPE]
+    command = [
+        sys.executable,
+        "-m",
+        "grpo_engine.cli",
+        "grpo",
+        "--recipe",
+        RECIPE,
+        "--device",
+        "cpu",
+    ]
     with TemporaryDirectory() as folder:
         start = time.perf_counter()
         done = subprocess.run(
@@ -95,6 +105,7 @@ def main() -> None:
         "command": "python benchmarks/r1_zero_seeds.py",
         "recipe": RECIPE,
         "hardware": f"CPU, {platform.machine()}, {os.cpu_count()} cores",
+        "code": code_version(),
         "date": date.today().isoformat(),
         "versions": {
             name: metadata.version(name)

@@ -28,9 +28,10 @@ from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from grpo_engine.manifest import code_version
+
 RESULTS = Path(__file__).parent / "results"
 PROMPTS, GENERATIONS, CAP, WARM_UP = 16, 16, 160, 2
-PACKAGES = ("grpo-engine", "torch", "transformers", "trl")
 TASK = {"min_terms": 4, "max_terms": 6, "min_digits": 1, "max_digits": 1}
 
 
@@ -40,6 +41,7 @@ def settings(output_dir: str, steps: int):
     return build_config(
         {
             "model": "miniature",
+            "device": "cpu",
             "dataset": "reasoning_gym:chain_sum",
             "dataset_args": {"seed": 1, "size": 1000, **TASK},
             "prompts_per_generation": PROMPTS,
@@ -205,6 +207,7 @@ def main() -> None:
         "device": "CPU",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
         f"{os.environ.get('OMP_NUM_THREADS', 'default')} OMP threads",
+        "code": code_version(),
         "date": date.today().isoformat(),
         "versions": {
             name: metadata.version(name) for name in ("grpo-engine", "torch", "transformers", "trl")

@@ -114,7 +114,7 @@ class Session:
         )
 
     def _record(self, row: dict[str, Any]) -> None:
-        """Evaluate if it is time, then write the row, also if a stop cuts the evaluation."""
+        """Evaluate if it is time, then write the row, also if the evaluation was cut or failed."""
         stop = None
         if self._evaluation_due():
             try:
@@ -122,7 +122,7 @@ class Session:
                     metrics, samples = self.held_out.evaluate(self.run)
                 self.completions.write_eval(self.run.step, samples)
                 row = row | metrics
-            except StopRequested as error:
+            except (StopRequested, RewardError, FloatingPointError) as error:
                 stop = error
             row["time/eval"] = self.run.watch.lap().get("time/eval", 0.0)
         row["wall"] = time.time()
@@ -205,7 +205,7 @@ def train_grpo(
 
 def finish(session: Session, manifest: Manifest, checkpoint: Path | None) -> int:
     """Train to an end of some kind, then write how it ended and the report."""
-    manifest.update(status="running")
+    manifest.update(status="running", finished=None)
     code, status, line = 1, "failed", ""
     try:
         session.open_logs(None if checkpoint is None else session.run.step)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_model import make_tiny_model
+from tiny_model import make_tiny_model, run_settings
 
 from grpo_engine.checkpoint import list_checkpoints, verify_checkpoint
 from grpo_engine.config import build_config
@@ -52,27 +52,9 @@ def inputs(tmp_path_factory):
 
 
 def settings(inputs: Path, output_dir: Path, **changes):
-    values = {
-        "model": str(inputs / "model"),
-        "dataset": str(inputs / "rows.jsonl"),
-        "prompt_template": "none",
-        "reward_funcs": [f"{inputs / 'reward.py'}:share_of_a"],
-        "prompts_per_generation": 4,
-        "num_generations": 4,
-        "max_prompt_length": 16,
-        "max_completion_length": 12,
-        "max_tokens_per_microbatch": 256,
-        "steps_per_generation": 2,
-        "max_steps": 6,
-        "learning_rate": 3e-3,
-        "beta": 0.01,
-        "ref_model_sync_steps": 4,
-        "save_steps": 3,
-        "reward_workers": 1,
-        "device": "cpu",
-        "output_dir": str(output_dir),
-    }
-    return values | changes
+    reward = f"{inputs / 'reward.py'}:share_of_a"
+    base = run_settings(inputs / "model", inputs / "rows.jsonl", reward, output_dir)
+    return base | changes
 
 
 def make_run(inputs: Path, **changes) -> GRPORun:
@@ -112,16 +94,15 @@ def fake_rollouts(run: GRPORun, rewards: list[float | None]) -> list[Rollout]:
     return rollouts
 
 
+def arrays_of(run: GRPORun, rollouts: list[Rollout], **changes) -> RolloutArrays:
+    options = {"drop_dead": False, "mask_truncated": False, "max_completion_length": 12}
+    return RolloutArrays.from_rollouts(rollouts, device=run.policy.device, **(options | changes))
+
+
 def gradients(
     run: GRPORun, rollouts: list[Rollout], drop_dead: bool
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    arrays = RolloutArrays.from_rollouts(
-        rollouts,
-        device=run.policy.device,
-        drop_dead=drop_dead,
-        mask_truncated=False,
-        max_completion_length=12,
-    )
+    arrays = arrays_of(run, rollouts, drop_dead=drop_dead)
     run._fill_fixed_logprobs(arrays)
     loss, _ = run._gradients(arrays, np.arange(len(rollouts)))
     found = {
@@ -162,13 +143,7 @@ def test_dropping_dead_groups_does_not_change_the_gradient(inputs, loss_type):
     dropped_loss, dropped = gradients(run, rollouts, drop_dead=True)
     assert dropped_loss == pytest.approx(kept_loss, rel=1e-5, abs=1e-7)
     assert_same_gradients(kept, dropped)
-    arrays = RolloutArrays.from_rollouts(
-        rollouts,
-        device=run.policy.device,
-        drop_dead=True,
-        mask_truncated=False,
-        max_completion_length=12,
-    )
+    arrays = arrays_of(run, rollouts, drop_dead=True)
     assert arrays.live.reshape(4, 4).any(axis=1).tolist() == [True, False, True, False]
 
 
@@ -179,26 +154,44 @@ def test_an_unscorable_rollout_is_left_out_of_baseline_and_denominator(inputs):
     expected = (1.0 - scored.mean()) / (scored.std() + 1e-4)
     assert rollouts[0].advantage == pytest.approx(float(expected), rel=1e-5)
     assert rollouts[2].advantage == 0.0
-    arrays = RolloutArrays.from_rollouts(
-        rollouts,
-        device=run.policy.device,
-        drop_dead=True,
-        mask_truncated=False,
-        max_completion_length=12,
-    )
+    arrays = arrays_of(run, rollouts, drop_dead=True)
     assert run._denominator(arrays, np.arange(4)) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "expected"),
+    [("grpo", 3), ("luspo", 3), ("dr_grpo", 3 * 12), ("dapo", "kept"), ("cispo", "kept")],
+)
+def test_denominators_with_unscorable_and_truncated_rollouts(inputs, loss_type, expected):
+    """Of four, one is unscorable (counts nowhere) and one was cut by the cap (its tokens carry no
+    loss and are not counted; its sequence is, as in TRL)."""
+    run = make_run(inputs, beta=0.0, loss_type=loss_type, mask_truncated_completions=True)
+    rollouts = fake_rollouts(run, [1.0, 0.0, None, 1.0])
+    rollouts[0].finish_reason = "length"
+    arrays = arrays_of(run, rollouts, mask_truncated=True)
+    assert arrays.live.tolist() == [False, True, False, True]
+    if expected == "kept":
+        expected = len(rollouts[1].completion_ids) + len(rollouts[3].completion_ids)
+    assert run._denominator(arrays, np.arange(4)) == expected
+    again = RolloutArrays.from_tensors(arrays.to_tensors(), run.policy.device)
+    assert run._denominator(again, np.arange(4)) == expected
+
+
+def test_old_logprobs_may_be_the_samplers(inputs):
+    run = make_run(inputs, beta=0.0, old_logprobs="sampler")
+    arrays = arrays_of(run, fake_rollouts(run, MIXED))
+    run._fill_fixed_logprobs(arrays)
+    assert torch.equal(arrays.old_logprobs, arrays.sampler_logprobs)
+    once = make_run(inputs, beta=0.0, steps_per_generation=1)
+    arrays = arrays_of(once, fake_rollouts(once, MIXED))
+    once._fill_fixed_logprobs(arrays)
+    assert arrays.old_logprobs is None  # on-policy: no forward pass is spent
 
 
 def test_a_dead_mini_batch_still_takes_its_optimiser_step(inputs):
     run = make_run(inputs, beta=0.0, prompts_per_generation=1, steps_per_generation=1)
     rollouts = fake_rollouts(run, [1.0] * 4)
-    arrays = RolloutArrays.from_rollouts(
-        rollouts,
-        device=run.policy.device,
-        drop_dead=True,
-        mask_truncated=False,
-        max_completion_length=12,
-    )
+    arrays = arrays_of(run, rollouts, drop_dead=True)
     arrays.order = split_mini_batches(4, 1, 1, 0)
     run.begin(arrays, {})
     row = run.update()
@@ -225,13 +218,7 @@ def test_training_logprobs_equal_the_samplers(inputs, tmp_path):
 def test_not_finite_updates_are_skipped_then_stop_the_run(inputs):
     run = make_run(inputs, steps_per_generation=4)
     rollouts = fake_rollouts(run, MIXED)
-    arrays = RolloutArrays.from_rollouts(
-        rollouts,
-        device=run.policy.device,
-        drop_dead=False,
-        mask_truncated=False,
-        max_completion_length=12,
-    )
+    arrays = arrays_of(run, rollouts, drop_dead=False)
     run._fill_fixed_logprobs(arrays)
     arrays.advantages[:] = math.nan
     arrays.order = split_mini_batches(16, 4, 1, 0)
@@ -378,6 +365,20 @@ def test_a_reward_that_fails_later_loses_no_finished_step(inputs, tmp_path, caps
     assert json.loads((tmp_path / "manifest.json").read_text())["status"] == "failed"
     assert "the judge is gone" in capsys.readouterr().out
     assert (tmp_path / "report.html").exists()
+
+
+def test_a_held_out_reward_that_fails_loses_no_row(inputs, tmp_path):
+    (inputs / "failing_eval.py").write_text(
+        "calls = 0\n\ndef judge(prompts, completions, **columns):\n    global calls\n"
+        "    calls += 1\n    if calls > 1:\n        raise RuntimeError('gone')\n    return [1.0]\n"
+    )
+    (inputs / "one.jsonl").write_text(json.dumps({"prompt": "9*9=", "solution": "81"}) + "\n")
+    changes = {"eval_dataset": str(inputs / "one.jsonl"), "eval_steps": 2}
+    changes["eval_reward"] = f"{inputs / 'failing_eval.py'}:judge"
+    config = build_config(settings(inputs, tmp_path, **changes))
+    assert train_grpo(config) == 1
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2]
+    assert list_checkpoints(tmp_path)[-1].name == "checkpoint-2"
 
 
 def test_weights_that_are_not_finite_never_replace_a_good_checkpoint(inputs, tmp_path, capsys):

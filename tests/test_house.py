@@ -127,6 +127,13 @@ def test_importing_everything_loads_no_optional_package():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("folder", ["benchmarks", "tests"])
+def test_nothing_beside_a_script_is_called_kernels(folder):
+    """A script's own folder is on its sys.path, where transformers would take a module of that name
+    for Hugging Face's package."""
+    assert not [path.name for path in (ROOT / folder).iterdir() if path.stem == "kernels"]
+
+
 def test_everything_runs_without_triton():
     """make demo installs none: a CPU needs none."""
     code = """

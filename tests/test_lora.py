@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_model import make_tiny_model
+from tiny_model import make_tiny_model, run_settings
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from grpo_engine.config import build_config
@@ -84,28 +84,9 @@ def assert_equal(one, other):
 
 
 def settings(inputs: Path, output_dir: Path, **changes):
-    values = {
-        "model": str(inputs / "qwen2"),
-        "dataset": str(inputs / "rows.jsonl"),
-        "prompt_template": "none",
-        "reward_funcs": [f"{inputs / 'reward.py'}:share_of_a"],
-        "prompts_per_generation": 4,
-        "num_generations": 4,
-        "max_prompt_length": 16,
-        "max_completion_length": 12,
-        "max_tokens_per_microbatch": 256,
-        "steps_per_generation": 2,
-        "max_steps": 6,
-        "learning_rate": 1e-2,
-        "beta": 0.01,
-        "ref_model_sync_steps": 4,
-        "save_steps": 3,
-        "reward_workers": 1,
-        "device": "cpu",
-        "lora_r": 4,
-        "output_dir": str(output_dir),
-    }
-    return values | changes
+    reward = f"{inputs / 'reward.py'}:share_of_a"
+    base = run_settings(inputs / "qwen2", inputs / "rows.jsonl", reward, output_dir)
+    return base | {"learning_rate": 1e-2, "lora_r": 4} | changes
 
 
 @pytest.fixture

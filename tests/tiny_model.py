@@ -2,6 +2,7 @@
 tests."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -35,3 +36,27 @@ def make_tiny_model(folder: Path, *, tokenizer: bool = True, seed: int = 0) -> P
             tokenizer_object=characters, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
         ).save_pretrained(folder)
     return folder
+
+
+def run_settings(model: Path, rows: Path, reward: str, output_dir: Path) -> dict[str, Any]:
+    """A GRPO run of six steps on three rollouts, with a reference that is replaced on the way."""
+    return {
+        "model": str(model),
+        "dataset": str(rows),
+        "prompt_template": "none",
+        "reward_funcs": [reward],
+        "prompts_per_generation": 4,
+        "num_generations": 4,
+        "max_prompt_length": 16,
+        "max_completion_length": 12,
+        "max_tokens_per_microbatch": 256,
+        "steps_per_generation": 2,
+        "max_steps": 6,
+        "learning_rate": 3e-3,
+        "beta": 0.01,
+        "ref_model_sync_steps": 4,
+        "save_steps": 3,
+        "reward_workers": 1,
+        "device": "cpu",
+        "output_dir": str(output_dir),
+    }

@@ -1,6 +1,6 @@
 """Every kernel beside eager PyTorch doing the same: correct first, then timed in turn.
 
-    python benchmarks/kernels.py [--device cuda] [--rounds 7] [--out FILE]
+    python benchmarks/kernel_bench.py [--device cuda] [--rounds 7] [--out FILE]
 
 Each case runs forward and backward on the same inputs. A provider is timed only if its result is
 right: within the stated error of the fp64 answer. The providers of a case run in turn (a, b, a, b,
@@ -37,6 +37,7 @@ from grpo_engine.kernels import (
     plan_batches,
     token_logprobs,
 )
+from grpo_engine.manifest import code_version
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -262,8 +263,9 @@ def main() -> None:
     )
     out = args.out or RESULTS / f"kernels_{device.type}.json"
     result = {
-        "command": "python benchmarks/kernels.py",
+        "command": "python benchmarks/kernel_bench.py",
         "hardware": hardware(device),
+        "code": code_version(),
         "date": date.today().isoformat(),
         "versions": {name: metadata.version(name) for name in ("grpo-engine", "torch")},
         "rows": rows,
