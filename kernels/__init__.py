@@ -21,6 +21,7 @@ from grpo_engine.kernels.packing import (
     unpack,
     unpack_ref,
 )
+from grpo_engine.kernels.sampler_kept import kept_by_sampler, linear_kept_by_sampler
 
 # Hugging Face transformers probes ``find_spec("kernels")``; with the repository root on sys.path it
 # finds this folder and some releases read ``__version__`` from it.
@@ -35,8 +36,10 @@ __all__ = [
     "group_advantages_ref",
     "grpo_loss",
     "grpo_loss_ref",
+    "kept_by_sampler",
     "linear_grpo_loss",
     "linear_grpo_loss_ref",
+    "linear_kept_by_sampler",
     "linear_logprobs",
     "linear_logprobs_ref",
     "make_loss_options",

@@ -13,10 +13,14 @@ A and x = log pi of the token under the current policy:
                  delta: INTELLECT-2 (2505.07291)
           = -min(rho, epsilon_high).detach() A x              cispo (2506.13585)
           = -(4 / tau) sigmoid(tau (rho - 1)) A               sapo (2511.20347), tau by sign of A
+          = -phi_s.detach() A x                               vespo (2602.10693), with
+    phi_s = exp(lambda + k log W - lambda W)                  k, lambda by sign of A; 1 at W = 1
+    W     = exp(sum_s m (x - old + log c))                    the sequence's ratio, not its mean
     k_t   = x - ref                                           k1
           = (x - ref)^2 / 2                                   k2
           = exp(ref - x) - (ref - x) - 1                      k3 (DeepSeekMath eq 4)
-    c_t   = bounded exp(old - sampler) of the token or of its sequence's sum; a constant
+    c_t   = bounded exp(old - sampler) of the token or of its sequence's sum; a constant.
+            vespo has it in W and nowhere else
 
 Backward, with a_t = dp_t / d log rho and d_t = dl_t / dx_t at fixed rho:
 
@@ -33,7 +37,8 @@ atomics, the same bits in every run. Hyper-parameters are run-time arguments.
 
 Log-ratios are capped at 20 inside every exponential, with zero derivative beyond (verl caps there
 too): e^20 = 5e8 marks a broken log-probability, and uncapped it overflows into 0 * inf = NaN
-gradients on clipped tokens.
+gradients on clipped tokens. vespo bounds a token's log-ratio by 20 on both sides, c and W to
+[1e-8, e^20], as TRL does.
 """
 
 from __future__ import annotations
@@ -261,6 +266,10 @@ def grpo_loss(
     denominator: float | Tensor | None = None,
     sapo_temperature_pos: float = 1.0,
     sapo_temperature_neg: float = 1.05,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
 ) -> tuple[Tensor, LossMetrics]:
     """Policy-gradient loss of packed completions; formulas in the module docstring.
 
@@ -283,9 +292,10 @@ def grpo_loss(
             weight 1.
         entropy: of the full distribution, per token; needed if entropy_coef != 0, else only
             reported.
-        loss_type: grpo | dr_grpo | dapo | bnpo | luspo | cispo | sapo | gspo (= grpo with
+        loss_type: grpo | dr_grpo | dapo | bnpo | luspo | cispo | sapo | vespo | gspo (= grpo with
             importance_level="sequence"). luspo (length-unbiased; meant for sequence ratios) is gspo
-            without the mean over a sequence's tokens.
+            without the mean over a sequence's tokens. vespo weighs each sequence by phi of its own
+            ratio, so importance_level must stay "token".
         importance_level: ratio per token, or one length-normalised ratio per sequence.
         epsilon, epsilon_high: clip range [1 - epsilon, 1 + epsilon_high]; epsilon_high defaults to
             epsilon. For cispo epsilon_high is the cap of the ratio itself and defaults to 5
@@ -298,14 +308,17 @@ def grpo_loss(
         is_correction: multiply the policy term by exp(old - sampler), bounded by `is_clip`:
             token_truncate | token_mask (0 outside) | sequence_truncate | sequence_mask (exp of the
             sequence's sum). With old_logprobs None the current, detached logprobs stand in for
-            them.
+            them. vespo takes a token_ one into its sequence ratio instead, and no sequence_ one.
         entropy_coef: subtracts entropy_coef times the entropy, normalised like the rest of the
             loss.
         denominator: divides the summed loss, so that micro-batches of any cut add up: for grpo and
             sapo (gspo) the sum of per-sequence masked means, otherwise the sum over tokens. None =
             of this call: grpo and sapo the number of sequences (an all-masked one counts as 0 in
             the sum and 1 in the number), luspo the number of sequences, dr_grpo sequences x
-            max_completion_length, dapo, bnpo and cispo the masked-in tokens.
+            max_completion_length, dapo, bnpo, cispo and vespo the masked-in tokens.
+        sapo_temperature_pos, sapo_temperature_neg: sapo's tau for A > 0 and for A <= 0.
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: vespo's k >= 0 and
+            lambda >= 1e-4 for A >= 0 and for A < 0: k damps ratios below 1, lambda those above.
 
     Returns:
         (loss, metrics): 0-d fp32 and `LossMetrics`, whose `to_dict()` is the only host sync.
@@ -331,6 +344,10 @@ def grpo_loss(
         max_completion_length=max_completion_length,
         sapo_temperature_pos=sapo_temperature_pos,
         sapo_temperature_neg=sapo_temperature_neg,
+        vespo_k_pos=vespo_k_pos,
+        vespo_lambda_pos=vespo_lambda_pos,
+        vespo_k_neg=vespo_k_neg,
+        vespo_lambda_neg=vespo_lambda_neg,
     )
     fields = {
         "logprobs": logprobs,

@@ -47,6 +47,18 @@ AOT_SIGNATURES = [
     _aot_case(_token_kernel, "clip", False),
     _aot_case(_token_kernel, "clip-k3", False, beta=1.0),
     _aot_case(_sequence_kernel, "gspo", True, loss_type="gspo"),
+    _aot_case(_sequence_kernel, "vespo", True, loss_type="vespo"),
+    *(
+        _aot_case(
+            _sequence_kernel,
+            f"vespo-{how}-all",
+            True,
+            loss_type="vespo",
+            is_correction=how,
+            **_EVERYTHING,
+        )
+        for how in ("token_truncate", "token_mask")
+    ),
     *(
         _aot_case(
             _token_kernel,

@@ -3,6 +3,8 @@ time, derivatives by autograd. Tests hold every fast path against it."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from grpo_engine.kernels.loss_options import (
     CLIPPED_LOSSES,
     LOG_RATIO_MAX,
     METRICS,
+    VESPO_RATIO_MIN,
     LossMetrics,
     LossOptions,
     check_denominator,
@@ -101,9 +104,8 @@ def _sequence_loss_ref(
     if o.importance_level == "sequence":
         mean = (log_ratio * m).sum() / m.sum()
         ratio = mean.clamp(max=LOG_RATIO_MAX).exp().expand_as(x)
-    losses = _policy_loss_ref(ratio, x, adv, o)
-
     metrics = _ratio_metrics_ref(ratio, log_ratio, adv, o)
+    weight = None
     if sampler is not None:
         metrics["sampler_unscored"] = sampler.isnan().to(x.dtype)
         difference = (old - sampler).detach().nan_to_num(nan=0.0)
@@ -116,9 +118,14 @@ def _sequence_loss_ref(
         outside = (raw < low) | (raw > high)
         is_masking = o.is_correction.endswith("mask")
         weight = raw.masked_fill(outside, 0.0) if is_masking else raw.clamp(low, high)
-        losses = losses * weight
         metrics["is_weight_mean"] = weight
         metrics["is_truncated"] = outside.to(x.dtype)
+    if o.loss_type == "vespo":
+        phi = metrics["phi_mean"] = _vespo_weight_ref(log_ratio, weight, m, adv, o)
+        losses = -phi * adv * x
+    else:
+        losses = _policy_loss_ref(ratio, x, adv, o)
+        losses = losses if weight is None else losses * weight
     if ref is not None:
         gap = ref - x
         capped = gap.clamp(max=LOG_RATIO_MAX)
@@ -130,6 +137,20 @@ def _sequence_loss_ref(
         losses = losses - o.entropy_coef * entropy if o.entropy_coef else losses
         metrics["entropy"] = entropy
     return losses, metrics
+
+
+def _vespo_weight_ref(
+    log_ratio: Tensor, is_weight: Tensor | None, m: Tensor, adv: Tensor, o: LossOptions
+) -> Tensor:
+    """phi [T] of one sequence: a gamma density's shape in its ratio w, 1 at w = 1; a constant."""
+    log_w = log_ratio.detach().clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
+    if is_weight is not None:
+        log_w = log_w + is_weight.clamp(VESPO_RATIO_MIN, math.exp(LOG_RATIO_MAX)).log()
+    log_w = (log_w * m).sum().clamp(math.log(VESPO_RATIO_MIN), LOG_RATIO_MAX)
+    side = adv >= 0
+    k = torch.full_like(adv, o.vespo_k_pos).where(side, o.vespo_k_neg)
+    decay = torch.full_like(adv, o.vespo_lambda_pos).where(side, o.vespo_lambda_neg)
+    return (decay + k * log_w - decay * log_w.exp()).exp()
 
 
 def _ratio_metrics_ref(

@@ -6,11 +6,13 @@ Runs on CPU tensors, where a dozen elementwise passes over [N] are nothing besid
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from grpo_engine.kernels.common import check_no_gradient
-from grpo_engine.kernels.loss_options import LOG_RATIO_MAX, METRICS, LossOptions
+from grpo_engine.kernels.loss_options import LOG_RATIO_MAX, METRICS, VESPO_RATIO_MIN, LossOptions
 
 
 def float_mask(num_tokens: int, loss_mask: Tensor | None, device: torch.device) -> Tensor:
@@ -89,6 +91,26 @@ def _policy_term(log_ratio: Tensor, x: Tensor, adv: Tensor, o: LossOptions) -> t
         held_low.float(),
         held_high.float(),
     )
+
+
+def _vespo_weight(
+    token_log_ratio: Tensor,
+    is_weight: Tensor | None,
+    adv: Tensor,
+    m: Tensor,
+    bounds: Tensor,
+    sequence: Tensor,
+    o: LossOptions,
+) -> Tensor:
+    """phi [N] of the ratio of each token's sequence, sampler correction included."""
+    log_w = token_log_ratio.clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
+    if is_weight is not None:
+        log_w = log_w + is_weight.clamp(VESPO_RATIO_MIN, math.exp(LOG_RATIO_MAX)).log()
+    log_w = segment_sum(log_w * m, bounds).clamp(math.log(VESPO_RATIO_MIN), LOG_RATIO_MAX)
+    log_w, ratio = log_w[sequence], log_w.exp()[sequence]
+    k = torch.where(adv >= 0, o.vespo_k_pos, o.vespo_k_neg)
+    decay = torch.where(adv >= 0, o.vespo_lambda_pos, o.vespo_lambda_neg)
+    return (decay + k * log_w - decay * ratio).exp()
 
 
 def _kl_term(x: Tensor, ref: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
@@ -174,14 +196,19 @@ def loss_and_grad_torch(
     ratio = log_ratio.clamp(max=LOG_RATIO_MAX).exp()
     sums["ratio_mean"] = ratio
 
-    losses, by_ratio, direct, sums["clip_low"], sums["clip_high"] = _policy_term(
-        log_ratio, x, adv, o
-    )
-    sums["clip_region"] = sums["clip_low"] + sums["clip_high"]
+    weight = None
     if sampler is not None:
         anchor = x if old is None else old
         weight, metrics = _sampler_terms(anchor, sampler, m, bounds, sequence, o)
         sums |= metrics
+    if o.loss_type == "vespo":
+        phi = _vespo_weight(token_log_ratio, weight, adv, m, bounds, sequence, o)
+        losses, by_ratio, direct, sums["phi_mean"] = -phi * adv * x, zero, -phi * adv, phi
+    else:
+        losses, by_ratio, direct, sums["clip_low"], sums["clip_high"] = _policy_term(
+            log_ratio, x, adv, o
+        )
+        sums["clip_region"] = sums["clip_low"] + sums["clip_high"]
         if weight is not None:
             losses, by_ratio, direct = losses * weight, by_ratio * weight, direct * weight
     if ref is not None:

@@ -19,6 +19,7 @@ from grpo_engine.kernels.loss_options import (
     CLIPPED_LOSSES,
     LOG_RATIO_MAX,
     NUM_METRICS,
+    VESPO_RATIO_MIN,
     LossOptions,
 )
 
@@ -31,6 +32,11 @@ PARTIALS = NUM_METRICS + 1  # the loss, then the metrics
 @jit
 def _at_most(value, cap):
     return tl.where(value > cap, cap, value)  # keeps NaN, which tl.minimum would drop
+
+
+@jit
+def _within(value, low, high):
+    return _at_most(tl.where(value < low, low, value), high)
 
 
 @jit
@@ -55,7 +61,7 @@ def _policy_term(
         return gate * (-4 / tau) * adv, -4 * gate * (1 - gate) * adv, zero, zero, zero
     else:
         unclipped = _at_most(ratio, delta) * adv
-        clipped = _at_most(tl.where(ratio < ratio_low, ratio_low, ratio), ratio_high) * adv
+        clipped = _within(ratio, ratio_low, ratio_high) * adv
         # The derivative of min(u, c) is that of the smaller; at a tie half of each, as
         # torch.minimum has it.
         share = tl.where(unclipped < clipped, 1.0, tl.where(unclipped == clipped, 0.5, 0.0))
@@ -88,16 +94,36 @@ def _sampler_difference(x, old, sampler_ptr, offs, live):
 
 
 @jit
+def _sampler_weight(log_weight, is_low, is_high, cap, IS: tl.constexpr):
+    """(bounded weight, whether clipping or masking changed it) of log(pi_old / pi_sampler)."""
+    raw = tl.exp(_at_most(log_weight, cap))
+    outside = (raw < is_low) | (raw > is_high)
+    if IS == "mask":
+        return tl.where(outside, 0.0, raw), outside
+    else:
+        return _within(raw, is_low, is_high), outside
+
+
+@jit
+def _vespo_weight(log_w, adv, k_pos, lambda_pos, k_neg, lambda_neg, ratio_min, cap):
+    """phi from the sum of the sequence's log-ratios."""
+    log_w = _within(log_w, tl.log(ratio_min), cap)
+    k = tl.where(adv >= 0, k_pos, k_neg)
+    decay = tl.where(adv >= 0, lambda_pos, lambda_neg)
+    return tl.exp(decay + k * log_w - decay * tl.exp(log_w))
+
+
+@jit
 def _token_terms(
     # outputs
     grad_entropy_ptr,
     # inputs
     x_ptr, old_ptr, adv_ptr, weight_ptr, mask_ptr, ref_ptr, sampler_ptr, entropy_ptr,
-    # statistics of the token's sequence; read only under the SEQUENCE_ flags
-    sequence_log_ratio, sequence_difference,
+    # statistics of the token's sequence; read only under the SEQUENCE_ flags and for vespo
+    sequence_log_ratio, sequence_difference, sequence_log_w,
     # scalars
     ratio_low, ratio_high, delta, beta, is_low, is_high, entropy_coef,
-    tau_pos, tau_neg, cap,
+    tau_pos, tau_neg, k_pos, lambda_pos, k_neg, lambda_neg, ratio_min, cap,
     # which tokens
     offs, inside,
     # constexprs
@@ -124,9 +150,16 @@ def _token_terms(
     if SEQUENCE_RATIO:
         log_ratio = zero + sequence_log_ratio
     ratio = tl.exp(_at_most(log_ratio, cap))
-    loss, by_ratio, direct, held_low, held_high = _policy_term(
-        ratio, x, adv, ratio_low, ratio_high, delta, tau_pos, tau_neg, LOSS
-    )
+    phi = zero
+    if LOSS == "vespo":
+        phi = _vespo_weight(
+            zero + sequence_log_w, adv, k_pos, lambda_pos, k_neg, lambda_neg, ratio_min, cap
+        )
+        loss, by_ratio, direct, held_low, held_high = -phi * adv * x, zero, -phi * adv, zero, zero
+    else:
+        loss, by_ratio, direct, held_low, held_high = _policy_term(
+            ratio, x, adv, ratio_low, ratio_high, delta, tau_pos, tau_neg, LOSS
+        )
 
     difference, unscored, is_weight, is_cut = zero, zero, zero, zero
     if HAS_SAMPLER:
@@ -135,14 +168,10 @@ def _token_terms(
         log_weight = difference
         if SEQUENCE_IS:
             log_weight = zero + sequence_difference
-        raw = tl.exp(_at_most(log_weight, cap))
-        outside = (raw < is_low) | (raw > is_high)
-        if IS == "mask":
-            is_weight = tl.where(outside, 0.0, raw)
-        else:
-            is_weight = _at_most(tl.where(raw < is_low, is_low, raw), is_high)
+        is_weight, outside = _sampler_weight(log_weight, is_low, is_high, cap, IS)
         is_cut = outside.to(tl.float32)
-        loss, by_ratio, direct = loss * is_weight, by_ratio * is_weight, direct * is_weight
+        if LOSS != "vespo":
+            loss, by_ratio, direct = loss * is_weight, by_ratio * is_weight, direct * is_weight
 
     kl = zero
     if HAS_REF:
@@ -164,14 +193,14 @@ def _token_terms(
         m, w * loss, w * direct, w * by_log_ratio,
         m * kl, m * entropy, m * ratio, m * approx_kl,
         m * held_low, m * held_high, m * (held_low + held_high),
-        m * tl.abs(difference), m * is_weight, m * is_cut, m * unscored,
+        m * tl.abs(difference), m * is_weight, m * is_cut, m * unscored, m * phi,
     )  # fmt: skip
 
 
 @jit
 def _store_partials(
     partial_ptr, row, loss, tokens, kl, entropy, ratio, approx_kl, low, high, region,
-    gap, weight, cut, unscored, PARTIALS: tl.constexpr,
+    gap, weight, cut, unscored, phi, PARTIALS: tl.constexpr,
 ):  # fmt: skip
     partial_ptr += row * PARTIALS
     tl.store(partial_ptr, tl.sum(loss, 0))
@@ -187,6 +216,7 @@ def _store_partials(
     tl.store(partial_ptr + 10, tl.sum(weight, 0))
     tl.store(partial_ptr + 11, tl.sum(cut, 0))
     tl.store(partial_ptr + 12, tl.sum(unscored, 0))
+    tl.store(partial_ptr + 13, tl.sum(phi, 0))
 
 
 @jit(do_not_specialize=["num_tokens"])
@@ -197,7 +227,7 @@ def _token_kernel(
     x_ptr, old_ptr, adv_ptr, weight_ptr, mask_ptr, ref_ptr, sampler_ptr, entropy_ptr,
     # scalars
     ratio_low, ratio_high, delta, beta, is_low, is_high, entropy_coef,
-    tau_pos, tau_neg, cap,
+    tau_pos, tau_neg, k_pos, lambda_pos, k_neg, lambda_neg, ratio_min, cap,
     # shapes
     num_tokens,
     # constexprs
@@ -211,20 +241,20 @@ def _token_kernel(
     inside = offs < num_tokens
     (
         tokens, loss, direct, by_log_ratio,
-        kl, entropy, ratio, approx_kl, low, high, region, gap, weight, cut, unscored,
+        kl, entropy, ratio, approx_kl, low, high, region, gap, weight, cut, unscored, phi,
     ) = _token_terms(
         grad_entropy_ptr,
         x_ptr, old_ptr, adv_ptr, weight_ptr, mask_ptr, ref_ptr, sampler_ptr, entropy_ptr,
-        0.0, 0.0,
+        0.0, 0.0, 0.0,
         ratio_low, ratio_high, delta, beta, is_low, is_high, entropy_coef,
-        tau_pos, tau_neg, cap,
+        tau_pos, tau_neg, k_pos, lambda_pos, k_neg, lambda_neg, ratio_min, cap,
         offs, inside,
         LOSS, KL, KL_RATIO, IS, False, False, HAS_OLD, HAS_REF, HAS_SAMPLER, HAS_ENTROPY,
     )  # fmt: skip
     tl.store(grad_ptr + offs, direct + by_log_ratio, mask=inside)
     _store_partials(
         partial_ptr, row, loss, tokens, kl, entropy, ratio, approx_kl, low, high, region,
-        gap, weight, cut, unscored, PARTIALS,
+        gap, weight, cut, unscored, phi, PARTIALS,
     )  # fmt: skip
 
 
@@ -237,7 +267,7 @@ def _sequence_kernel(
     cu_seqlens_ptr,
     # scalars
     ratio_low, ratio_high, delta, beta, is_low, is_high, entropy_coef,
-    tau_pos, tau_neg, cap,
+    tau_pos, tau_neg, k_pos, lambda_pos, k_neg, lambda_neg, ratio_min, cap,
     # constexprs
     LOSS: tl.constexpr, KL: tl.constexpr, KL_RATIO: tl.constexpr, IS: tl.constexpr,
     SEQUENCE_RATIO: tl.constexpr, SEQUENCE_IS: tl.constexpr,
@@ -251,8 +281,8 @@ def _sequence_kernel(
     lanes = tl.arange(0, BLOCK)
     zero = tl.zeros([BLOCK], tl.float32)
 
-    # Sweep 1: the sequence's token count, log-ratio and sampler difference.
-    count, log_ratios, differences = zero, zero, zero
+    # Sweep 1: the sequence's token count, log-ratios and sampler difference.
+    count, log_ratios, differences, log_ws = zero, zero, zero, zero
     for start in range(0, length, BLOCK):
         offs = first + start + lanes
         m = tl.load(mask_ptr + offs, mask=start + lanes < length, other=0.0)
@@ -266,27 +296,36 @@ def _sequence_kernel(
         if SEQUENCE_IS:
             difference, _ = _sampler_difference(x, old, sampler_ptr, offs, live)
             differences += m * difference
+        if LOSS == "vespo":
+            log_w = _within(x - old, -cap, cap)
+            if IS != "none":
+                difference, _ = _sampler_difference(x, old, sampler_ptr, offs, live)
+                is_weight, _ = _sampler_weight(difference, is_low, is_high, cap, IS)
+                log_w += tl.log(_within(is_weight, ratio_min, tl.exp(cap)))
+            log_ws += m * log_w
     count_sum = tl.sum(count, 0)
     per_count = tl.where(count_sum > 0, 1.0 / tl.where(count_sum > 0, count_sum, 1.0), 0.0)
     sequence_log_ratio = tl.sum(log_ratios, 0) * per_count
     sequence_difference = tl.sum(differences, 0)
+    sequence_log_w = tl.sum(log_ws, 0)
 
     # Sweep 2: losses, metrics, and the gradient that does not go through the sequence's ratio.
     loss, tokens, through, kl, entropy, ratio, approx_kl = zero, zero, zero, zero, zero, zero, zero
     low, high, region, gap, weight, cut, unscored = zero, zero, zero, zero, zero, zero, zero
+    phi = zero
     for start in range(0, length, BLOCK):
         offs = first + start + lanes
         inside = start + lanes < length
         (
             tokens_i, loss_i, direct_i, through_i,
             kl_i, entropy_i, ratio_i, approx_kl_i, low_i, high_i, region_i,
-            gap_i, weight_i, cut_i, unscored_i,
+            gap_i, weight_i, cut_i, unscored_i, phi_i,
         ) = _token_terms(
             grad_entropy_ptr,
             x_ptr, old_ptr, adv_ptr, weight_ptr, mask_ptr, ref_ptr, sampler_ptr, entropy_ptr,
-            sequence_log_ratio, sequence_difference,
+            sequence_log_ratio, sequence_difference, sequence_log_w,
             ratio_low, ratio_high, delta, beta, is_low, is_high, entropy_coef,
-            tau_pos, tau_neg, cap,
+            tau_pos, tau_neg, k_pos, lambda_pos, k_neg, lambda_neg, ratio_min, cap,
             offs, inside,
             LOSS, KL, KL_RATIO, IS, SEQUENCE_RATIO, SEQUENCE_IS,
             HAS_OLD, HAS_REF, HAS_SAMPLER, HAS_ENTROPY,
@@ -309,9 +348,10 @@ def _sequence_kernel(
         weight += weight_i
         cut += cut_i
         unscored += unscored_i
+        phi += phi_i
     _store_partials(
         partial_ptr, row, loss, tokens, kl, entropy, ratio, approx_kl, low, high, region,
-        gap, weight, cut, unscored, PARTIALS,
+        gap, weight, cut, unscored, phi, PARTIALS,
     )  # fmt: skip
 
     # Sweep 3: d(mean log-ratio)/dx is m / count, the same total for every token of the sequence.
@@ -394,7 +434,8 @@ def loss_and_grad_triton(
     ratio_high = o.epsilon_high if o.loss_type == "cispo" else 1 + o.epsilon_high
     scalars = (
         1 - o.epsilon, ratio_high, o.delta, o.beta, *o.is_clip, o.entropy_coef,
-        o.sapo_temperature_pos, o.sapo_temperature_neg, LOG_RATIO_MAX,
+        o.sapo_temperature_pos, o.sapo_temperature_neg, o.vespo_k_pos, o.vespo_lambda_pos,
+        o.vespo_k_neg, o.vespo_lambda_neg, VESPO_RATIO_MIN, LOG_RATIO_MAX,
     )  # fmt: skip
     outputs = (grad, given(grad_entropy), partials)
     flags = constexprs(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from grpo_engine.kernels.common import device_arch, use_triton
+from grpo_engine.kernels.live_gemm import LiveRows, live_add_grad_weight, live_grad_hidden
 from grpo_engine.kernels.vocab_rows import (
     LogitOptions,
     RowGrads,
@@ -20,12 +21,12 @@ from grpo_engine.kernels.vocab_rows import (
     row_chunks,
 )
 
-# Logits of a chunk (fp32) and their gradient together. At V = 151,936 in bf16: 2,304 rows.
-CUDA_WORKSPACE_BYTES = 2 << 30
+# Logits of a chunk (fp32) and their gradient together. At V = 151,936 in bf16: 1,280 rows.
+CUDA_WORKSPACE_BYTES = 1200 * 10**6
 # On a CPU: elements of a chunk's logits (a cache of 2 MB), but at least as many rows as keep the
 # GEMM from re-reading the weight too often, and at most as many as still add speed.
 CPU_CHUNK_ELEMENTS = 1 << 19
-CPU_CHUNK_ROWS = (128, 4096)
+CPU_CHUNK_ROWS = (256, 4096)
 # On a CPU: rows of a half-precision weight that are widened to fp32 at a time.
 CPU_VOCAB_TILE = 4096
 # torch.addmm adds a half product to an fp32 matrix since 2.10 (pytorch pull request 167931); before
@@ -42,11 +43,22 @@ class Workspace:
     dlogits: torch.Tensor
 
     @classmethod
-    def make(cls, hidden: torch.Tensor, vocab: int, *, for_gradient: bool) -> Workspace:
+    def make(
+        cls,
+        hidden: torch.Tensor,
+        vocab: int,
+        *,
+        for_gradient: bool,
+        multiple: int = 1,
+        widest: int | None = None,
+    ) -> Workspace:
+        """``multiple``: the rows are one of it; ``widest``: as many rows as a head of so many
+        columns has (the largest shard, so that every rank walks the same chunks)."""
         check_half_gemm(hidden)
         portable = not use_triton(hidden)
         dtype = torch.float32 if portable else hidden.dtype
-        rows = min(chunk_rows(hidden, vocab), max(1, hidden.shape[0]))
+        rows = min(chunk_rows(hidden, widest or vocab), max(1, hidden.shape[0]))
+        rows = -(-rows // multiple) * multiple
         return cls(
             torch.empty(rows, vocab, dtype=torch.float32, device=hidden.device),
             torch.empty(
@@ -119,15 +131,42 @@ class HeadGrads:
         weight: torch.Tensor,
         needs: tuple[bool, bool, bool],
         hidden_dtype: torch.dtype,
+        *,
+        every_row: bool | None = None,
     ) -> HeadGrads:
+        """``every_row``: the chunks will write every row of ``hidden`` (by default on the Triton
+        path), so that it need not start as zeros."""
         need_hidden, need_weight, need_bias = needs
         make = weight.new_zeros
-        # the Triton path writes every row of it
-        make_hidden = hidden.new_empty if use_triton(hidden) else hidden.new_zeros
+        every_row = use_triton(hidden) if every_row is None else every_row
+        make_hidden = hidden.new_empty if every_row else hidden.new_zeros
         return cls(
             make_hidden(hidden.shape, dtype=hidden_dtype) if need_hidden else None,
             make(weight.shape, dtype=torch.float32) if need_weight else None,
             make(weight.shape[:1], dtype=torch.float32) if need_bias else None,
+        )
+
+    def as_outputs(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The gradients in the dtypes of their inputs; without elements where not needed."""
+        empty = hidden.new_empty
+        return (
+            empty(0) if self.hidden is None else self.hidden.to(hidden.dtype),
+            empty(0, dtype=weight.dtype) if self.weight is None else self.weight.to(weight.dtype),
+            empty(0) if self.bias is None else self.bias.to(bias.dtype),
+        )
+
+    @staticmethod
+    def fake_outputs(
+        hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, needs: list[bool]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``as_outputs`` by shape alone."""
+        need_hidden, need_weight, need_bias = needs
+        return (
+            hidden.new_empty(hidden.shape if need_hidden else (0,)),
+            weight.new_empty(weight.shape if need_weight else (0,)),
+            bias.new_empty(bias.shape) if need_bias else hidden.new_empty(0),
         )
 
     def add(
@@ -137,49 +176,75 @@ class HeadGrads:
         hidden: torch.Tensor,
         weight: torch.Tensor,
         unscale: torch.Tensor | None,
+        *,
+        row_scale: torch.Tensor | None = None,
+        live: LiveRows | None = None,
     ) -> None:
-        """Add a chunk: ``dlogits`` [C, V] times ``unscale`` (0-d; None: 1), ``hidden`` [C, D]."""
+        """Add a chunk: ``dlogits`` [C, V] times ``unscale`` (0-d) and ``row_scale`` [C] fp32
+        (None: 1), ``hidden`` [C, D]. With ``live`` the chunk's rows are those at ``index``, a
+        slice, of its list; ``hidden`` is then [N, D], and ``dlogits`` past the count is not read
+        (but for the bias, which needs zeros there)."""
         if self.bias is not None:
-            bias = dlogits.sum(0, dtype=torch.float32)
+            rows = dlogits
+            if row_scale is not None:  # a row scaled by 0 may be one that nobody wrote
+                scale = row_scale[:, None]
+                rows = (dlogits.float() * scale).masked_fill_(scale == 0, 0.0)
+            bias = rows.sum(0, dtype=torch.float32)
             self.bias.add_(bias if unscale is None else bias * unscale)
-        if dlogits.dtype == torch.float32 and hidden.dtype != torch.float32:
-            self._add_widened(index, dlogits, hidden, weight)
-        elif dlogits.dtype == torch.float32:
-            if self.hidden is not None and isinstance(index, slice):
-                torch.mm(dlogits, weight, out=self.hidden[index])
-            elif self.hidden is not None:
-                self.hidden[index] = dlogits @ weight
-            if self.weight is not None:
-                self.weight.addmm_(dlogits.t(), hidden)
-        else:
-            self._add_half(index, dlogits, hidden, weight, unscale)
-
-    def _add_widened(self, index, dlogits, hidden, weight) -> None:
-        """fp32 GEMMs on half inputs (CPU), a tile of the vocabulary at a time."""
-        wide = hidden.float()
-        grad_hidden = torch.zeros_like(wide)
-        for start in range(0, weight.shape[0], CPU_VOCAB_TILE):
-            tile = slice(start, start + CPU_VOCAB_TILE)
-            if self.hidden is not None:
-                grad_hidden.addmm_(dlogits[:, tile], weight[tile].float())
-            if self.weight is not None:
-                self.weight[tile].addmm_(dlogits[:, tile].t(), wide)
         if self.hidden is not None:
-            self.hidden[index] = grad_hidden.to(self.hidden.dtype)
+            self._put_hidden(index, dlogits, weight, unscale, row_scale, live)
+        if self.weight is not None:
+            self._add_weight(index, dlogits, hidden, unscale, row_scale, live)
 
-    def _add_half(self, index, dlogits, hidden, weight, unscale) -> None:
-        """Half GEMMs with fp32 results (Triton path). ``unscale`` costs a pass over [V, D]."""
-        if self.hidden is not None:
-            grad_hidden = half_mm(dlogits, weight)
-            if unscale is not None:
-                grad_hidden.mul_(unscale)
-            self.hidden[index] = grad_hidden.to(self.hidden.dtype)
-        if self.weight is None:
-            return
+    def _put_hidden(self, index, dlogits, weight, unscale, row_scale, live) -> None:
+        scale = row_scale
         if unscale is not None:
-            self.weight.add_(half_mm(dlogits.t(), hidden).mul_(unscale))
+            scale = unscale.expand(len(dlogits)) if scale is None else scale * unscale
+        if live is not None:
+            scale = None if scale is None else scale.contiguous()
+            live_grad_hidden(self.hidden, dlogits, weight, live, index.start, scale)
+            return
+        in_place = self.hidden.dtype == weight.dtype == dlogits.dtype == torch.float32
+        if in_place and scale is None and isinstance(index, slice):
+            torch.mm(dlogits, weight, out=self.hidden[index])
+            return
+        product = wide_mm(dlogits, weight)
+        if scale is not None:
+            product.mul_(scale[:, None])
+        self.hidden[index] = product.to(self.hidden.dtype)
+
+    def _add_weight(self, index, dlogits, hidden, unscale, row_scale, live) -> None:
+        """``unscale`` costs a product [V, D] of its own and a pass to add it."""
+        total = self.weight if unscale is None else torch.zeros_like(self.weight)
+        if live is not None:
+            live_add_grad_weight(total, dlogits, hidden, live, index.start, row_scale)
         else:
-            add_half_mm(self.weight, dlogits.t(), hidden)
+            if row_scale is not None:
+                hidden = (hidden.float() * row_scale[:, None]).to(dlogits.dtype)
+            add_wide_mm(total, dlogits.t(), hidden)
+        if unscale is not None:
+            self.weight.add_(total.mul_(unscale))
+
+
+def wide_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [M, V] @ b [V, D] in fp32; an fp32 ``a`` widens a half ``b``, a tile at a time (CPU)."""
+    if a.dtype != torch.float32:
+        return half_mm(a, b)
+    if b.dtype == torch.float32:
+        return a @ b
+    product = a.new_zeros(a.shape[0], b.shape[1])
+    for start in range(0, b.shape[0], CPU_VOCAB_TILE):
+        tile = slice(start, start + CPU_VOCAB_TILE)
+        product.addmm_(a[:, tile], b[tile].float())
+    return product
+
+
+def add_wide_mm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total [V, D] fp32 += a [V, M] @ b [M, D]; fp32 where ``a`` is."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b.float())
+    else:
+        add_half_mm(total, a, b)
 
 
 def half_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -207,8 +272,13 @@ def scale_for_half(grads: RowGrads, dtype: torch.dtype) -> tuple[RowGrads, torch
     if dtype != torch.float16:
         return grads, None
     largest = torch.stack([g.abs().amax() for g in grads if g is not None and g.numel()]).amax()
-    power = torch.exp2(torch.ceil(torch.log2(torch.where(largest > 0, largest, 1.0))))
+    power = power_above(largest)
     return RowGrads(*(None if g is None else g / power for g in grads)), power
+
+
+def power_above(value: torch.Tensor) -> torch.Tensor:
+    """The smallest power of two that is not below ``value`` (0-d); 1 for 0."""
+    return torch.exp2(torch.ceil(torch.log2(torch.where(value > 0, value, 1.0))))
 
 
 def head_chunk_backward(
@@ -222,14 +292,23 @@ def head_chunk_backward(
     grads: RowGrads,
     row_mask: torch.Tensor | None,
     into: HeadGrads,
+    live: LiveRows | None = None,
 ) -> None:
-    """Gradients of one chunk, whose logits are in ``work``; every argument is the chunk's own."""
-    rows = hidden.shape[0]
+    """Gradients of one chunk, whose logits are in ``work``; every argument is the chunk's own, but
+    for ``hidden`` [N, D] where ``live`` is given (``HeadGrads.add``)."""
+    rows = token_ids.shape[0]
     grads, unscale = scale_for_half(grads, work.dlogits.dtype)
     dlogits = dlogits_rows(
-        work.dlogits[:rows], work.logits[:rows], token_ids, options, stats, grads, row_mask
+        work.dlogits[:rows],
+        work.logits[:rows],
+        token_ids,
+        options,
+        stats,
+        grads,
+        row_mask,
+        skip_masked=live is not None and into.bias is None,
     )
-    into.add(index, dlogits, hidden, weight, unscale)
+    into.add(index, dlogits, hidden, weight, unscale, live=live)
 
 
 def head_row_chunks(

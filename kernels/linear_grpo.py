@@ -12,22 +12,31 @@ only multiplies by the incoming scalar, on the device. The logits are computed o
 6 N D V FLOP instead of 8, and 4 with a frozen head. For every token-level option that is the floor
 of an exact dense gradient.
 
-A sequence-level ratio (GSPO) or sampler correction makes g_t depend on the whole sequence, which a
-chunk of rows may cut. Those options run in two phases: linear_logprobs, then grpo_loss, then the
-backward of linear_logprobs, which computes the logits a second time (8 N D V FLOP).
+Two ways from logits to G, both exact:
+
+* With a prior, the old log-probabilities or else the sampler's, and no entropy bonus: the logits
+  are read once, before g is known, and become E with G = r E, r one number a row (exp_rows.py).
+  14 bytes a logit on CUDA at half inputs, besides the GEMMs' own reads of X and W.
+* Without one, with an entropy bonus (its gradient is no multiple of E), a bias that requires grad,
+  ``batch_invariant`` or ``tp_group``: fold_rows, the loss, dlogits_rows. 18 bytes a logit (fp32
+  written by the GEMM, read by the fold, read again for G; G written in half and read by two GEMMs).
+  Also where nothing requires grad: 8, the fold alone.
+
+A sequence-level ratio (GSPO, VESPO) or sampler correction makes g_t depend on the whole sequence,
+which a chunk of rows may cut. Those options, and ``kept`` sets, run in two phases: linear_logprobs,
+then grpo_loss, then the backward of linear_logprobs, which computes the logits a second time
+(8 N D V FLOP).
 
 Saved for backward: d hidden, d weight and d bias in fp32, nothing of size N by V. They are rounded
 once, after the incoming scalar (a loss scaler's would come too late for a flushed fp16 value).
 Where nothing requires grad none are made.
-
-Bytes on CUDA at half inputs, besides the GEMMs' own reads of X and W: 18 a logit (fp32 written by
-the GEMM, read by the fold, read again for G; G written in half and read by two GEMMs).
 """
 
 from __future__ import annotations
 
 import torch
 
+from grpo_engine.kernels.certified import SparseBackward, check_sparse_options, head_metric_sums
 from grpo_engine.kernels.common import custom_op, first_derivatives_only, use_triton
 from grpo_engine.kernels.grpo_loss import (
     NUM_METRICS,
@@ -36,28 +45,29 @@ from grpo_engine.kernels.grpo_loss import (
     check_loss_inputs,
     grpo_loss,
     grpo_loss_ref,
-    loss_and_grad,
     make_loss_options,
     metric_names,
     per_token_advantages,
     token_weights,
 )
-from grpo_engine.kernels.head_chunks import (
-    HeadGrads,
-    Workspace,
-    chunk_hidden,
-    head_chunk_backward,
-    head_row_chunks,
-    raw_logits,
-)
+from grpo_engine.kernels.head_chunks import HeadGrads
+from grpo_engine.kernels.head_pass import HeadPass
+from grpo_engine.kernels.linear_grpo_chunks import TokenLoss, add_chunk_grads, read_chunk
 from grpo_engine.kernels.linear_logprobs import (
+    check_flag,
     check_head,
-    check_live_rows,
     linear_logprobs,
     linear_logprobs_ref,
 )
 from grpo_engine.kernels.logprobs import split_temperature
-from grpo_engine.kernels.vocab_rows import LogitOptions, RowGrads, fold_rows
+from grpo_engine.kernels.loss_options import HEAD_METRICS, check_denominator
+from grpo_engine.kernels.vocab_parallel import (
+    agree_on_loss,
+    grad_facts,
+    group_name_of,
+    together,
+)
+from grpo_engine.kernels.vocab_rows import LogitOptions, RowStats
 
 
 def linear_grpo_loss_ref(
@@ -73,11 +83,20 @@ def linear_grpo_loss_ref(
     logit_scale: float | None = None,
     return_entropy: bool = False,
     row_mask: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
+    compact_rows: bool | None = None,
+    batch_invariant: bool = False,
     tp_group: object | None = None,
+    sparse_delta: float | None = None,
+    sparse_max_entries: int = 64,
     loss_mask: torch.Tensor | None = None,
     **loss_arguments,
 ) -> tuple[torch.Tensor, LossMetrics, torch.Tensor]:
-    """Specification of ``linear_grpo_loss``: linear_logprobs_ref, then grpo_loss_ref."""
+    """Specification of ``linear_grpo_loss``: linear_logprobs_ref, then grpo_loss_ref.
+
+    ``compact_rows`` and ``batch_invariant`` say how, not what: no effect here. Nor has
+    ``sparse_delta``: its gradient is certified to be near this one.
+    """
     mask = combined_mask(loss_mask, row_mask)
     want_entropy = return_entropy or bool(loss_arguments.get("entropy_coef"))
     outputs = linear_logprobs_ref(
@@ -90,6 +109,7 @@ def linear_grpo_loss_ref(
         logit_scale=logit_scale,
         return_entropy=want_entropy,
         row_mask=None if mask is None else mask != 0,
+        kept=kept,
         tp_group=tp_group,
     )
     logprobs, entropy = outputs if want_entropy else (outputs, None)
@@ -128,55 +148,83 @@ def _linear_grpo(
     logit_softcap: float | None,
     logit_scale: float,
     want_entropy: bool,
+    compact: bool,
+    batch_invariant: bool,
     choices: str,
     numbers: list[float],
     needs: list[bool],
+    tp_group: str | None = None,
+    sparse_delta: float | None = None,
+    sparse_max_entries: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, logprobs, metric sums, and the gradients of hidden, weight and bias for a loss gradient
     of 1; a gradient without elements where ``needs`` is False."""
-    loss_options = LossOptions.from_op_arguments(choices, numbers)
     row_mask = None if mask is None else mask != 0
-    check_live_rows(token_ids, row_temperature, row_mask, weight.shape[0])
-    options = LogitOptions(temperature, row_temperature, bias, logit_scale, logit_softcap)
-    fields = (old_logprobs, advantages, weights, mask, ref_logprobs, sampler_logprobs)
-
-    loss, sums, logprobs = (
-        hidden.new_zeros(shape, dtype=torch.float32) for shape in ((), NUM_METRICS, hidden.shape[0])
+    fields = {
+        "old_logprobs": old_logprobs,
+        "advantages": advantages,
+        "cu_seqlens, loss_mask or denominator": weights,
+        "loss_mask": mask,
+        "ref_logprobs": ref_logprobs,
+        "sampler_logprobs": sampler_logprobs,
+    }
+    head = HeadPass.forward(
+        hidden,
+        weight,
+        token_ids,
+        LogitOptions(temperature, row_temperature, bias, logit_scale, logit_softcap),
+        row_mask,
+        compact=compact,
+        batch_invariant=batch_invariant,
+        tp_group=tp_group,
+        pass_name="linear_grpo_loss",
+        **fields,
+        **{"loss options": [choices, numbers], "return_entropy": want_entropy},
+        **grad_facts(needs),
     )
-    into = HeadGrads.make(hidden, weight, tuple(needs), torch.float32)
-    work = Workspace.make(hidden, weight.shape[0], for_gradient=any(needs))
-    for index in head_row_chunks(hidden, work.rows, row_mask):
-        rows = chunk_hidden(hidden, index, row_mask)
-        ids, chunk_options = token_ids[index], options.rows(index)
-        live = None if row_mask is None else row_mask[index]
-        logits = raw_logits(rows, weight, work.logits[: len(rows)])
-        stats = fold_rows(logits, work.dlogits[: len(rows)], ids, chunk_options, want_entropy, live)
-        logprobs[index] = stats.logprobs
-        old, adv, w, m, ref, sampler = (None if f is None else f[index] for f in fields)
-        entropy = stats.entropy if want_entropy else None
-        chunk_loss, grad, grad_entropy, chunk_sums = loss_and_grad(
-            stats.logprobs, old, adv, w, None, m, ref, sampler, entropy, loss_options
-        )
-        loss += chunk_loss
-        sums += chunk_sums
-        grads = RowGrads(grad, grad_entropy if loss_options.entropy_coef else None)
-        if not any(needs) or (not use_triton(hidden) and not bool(grads.live().any())):
-            continue
-        head_chunk_backward(index, work, rows, weight, ids, chunk_options, stats, grads, live, into)
+    loss = TokenLoss.make(
+        head, LossOptions.from_op_arguments(choices, numbers), tuple(fields.values())
+    )
+    # one factor a row makes neither the gradient of the entropy nor, without a pass, of the bias;
+    # and it would take a second collective to try the prior of a row that several shards hold
+    folded = needs[2] or loss.options.entropy_coef or batch_invariant or head.shards is not None
+    one_read = any(needs[:2]) and not folded
+    every_row = use_triton(hidden) and head.live is None
+    into = HeadGrads.make(hidden, weight, tuple(needs), torch.float32, every_row=every_row)
+    work = head.workspace(for_gradient=any(needs))
+    stats = RowStats.zeros(hidden, head.places, want_entropy=False)
+    sparse = SparseBackward.make(head, sparse_delta, sparse_max_entries, any(needs))
+    for chunk in head.chunks(work.rows):
+        prior = loss.prior if one_read else None
+        rows = read_chunk(head, chunk, work, prior, want_entropy, as_exps=sparse is not None)
+        stats.logprobs[chunk] = rows.logprobs
+        grads = loss.add(chunk, rows.logprobs, rows.entropy if want_entropy else None)
+        if sparse is not None:
+            sparse.add(head, chunk, rows, grads.logprobs, into)
+        elif any(needs) and (use_triton(hidden) or bool(grads.live().any())):
+            add_chunk_grads(head, chunk, work, rows, grads, into)
+    if sparse is not None:
+        sparse.finish(head, into)
+    head.finish(into)
+    logprobs = head.put_back(stats, want_entropy=False).logprobs
     made = [
         hidden.new_empty(0, dtype=torch.float32) if g is None else g
         for g in (into.hidden, into.weight, into.bias)
     ]
-    return loss, logprobs, sums, *made
+    sums = loss.metric_sums
+    if sparse_delta is not None:
+        sums = torch.cat((sums, head_metric_sums(sparse, loss.mask, sums)))
+    return loss.loss, logprobs, sums, *made
 
 
 @_linear_grpo.register_fake
-def _(hidden, weight, bias, *rest):
-    need_hidden, need_weight, need_bias = rest[-1]
+def _(hidden, weight, bias, *rest, tp_group=None, sparse_delta=None, sparse_max_entries=0):
+    need_hidden, need_weight, need_bias = rest[16]
+    is_sparse = (rest[18] if len(rest) > 18 else sparse_delta) is not None
     shapes = (
         (),
         hidden.shape[:1],
-        (NUM_METRICS,),
+        (NUM_METRICS + len(HEAD_METRICS) * is_sparse,),
         hidden.shape if need_hidden else (0,),
         weight.shape if need_weight else (0,),
         bias.shape if need_bias else (0,),
@@ -196,7 +244,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 @first_derivatives_only
 def _backward(ctx, grad_loss, *_):
-    results = [None] * 18
+    results = [None] * 23
     if grad_loss is None:
         return tuple(results)
     for i, (grad, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
@@ -212,6 +260,7 @@ _linear_grpo.register_autograd(_backward, setup_context=_setup_context)
 # ---- Public function -----------------------------------------------------------------------------
 
 
+@together
 def linear_grpo_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -225,7 +274,12 @@ def linear_grpo_loss(
     logit_scale: float | None = None,
     return_entropy: bool = False,
     row_mask: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
+    compact_rows: bool | None = None,
+    batch_invariant: bool = False,
     tp_group: object | None = None,
+    sparse_delta: float | None = None,
+    sparse_max_entries: int = 64,
     cu_seqlens: torch.Tensor | None = None,
     loss_mask: torch.Tensor | None = None,
     ref_logprobs: torch.Tensor | None = None,
@@ -241,11 +295,30 @@ def linear_grpo_loss(
         old_logprobs, advantages, cu_seqlens, loss_mask, ref_logprobs, sampler_logprobs,
             denominator: the loss, as in ``grpo_loss``; [N] fp32, [S + 1] integer.
         return_entropy: compute the entropy for ``metrics`` even where ``entropy_coef`` is 0.
-        row_mask: [N] bool; the same as a zero in ``loss_mask``. A row that either leaves out costs
-            what it costs in ``linear_logprobs``, and its logprob is returned as 0.
+        row_mask: [N] bool; the same as a zero in ``loss_mask``. The logprob of a row that either
+            leaves out is returned as 0.
+        kept: what the sampler kept of each row, as in ``linear_logprobs``: loss, logprobs and
+            entropy are then of the distribution over it, as ``sampler_logprobs`` of a truncating
+            sampler are; ``old_logprobs`` and ``ref_logprobs`` must be, too. Two phases for every
+            loss: kept ids cost no GEMM in either, a mask four (8 N D V FLOP). Not with
+            compact_rows=True or batch_invariant.
+        compact_rows: on CUDA, spend no GEMM work on the rows that the masks leave out, without a
+            host sync. None: where ``row_mask`` is given; True: also for those of ``loss_mask``;
+            False: never (cuBLAS on all rows). A CPU always leaves them out.
+        batch_invariant: logprobs as ``linear_logprobs(batch_invariant=True)`` gives them, bit for
+            bit, so that the ratio to log-probabilities it made is exactly 1 in any packing. Without
+            it a log-probability that agrees with ``old_logprobs`` to within fp32 rounding is
+            returned equal to it, which most are on the policy that made them, but not all.
+        sparse_delta: None: the exact gradient. In (0, 1): of each row the entries that hold all but
+            this share of its mass (probability, times the slope of a softcap), as long as
+            sparse_max_entries [1, 128] do; the other rows exactly (certified.py bounds the error).
+            The loss, its metrics and the logprobs do not change; ``metrics`` has two more,
+            ``dropped_mass`` and ``sparse_rows``. Pays on a policy that is sure of itself. Not with
+            entropy_coef, a bias that requires grad, sequence-level options, kept or tp_group.
         **loss_options: the other options of ``grpo_loss``: loss_type, importance_level, epsilon,
             epsilon_high, delta, beta, kl_estimator, kl_bias_correction, is_correction, is_clip,
-            entropy_coef, max_completion_length, sapo_temperature_pos, sapo_temperature_neg.
+            entropy_coef, max_completion_length, sapo_temperature_pos, sapo_temperature_neg,
+            vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg.
 
     Returns:
         (loss, metrics, logprobs): 0-d fp32, differentiable with respect to hidden, weight and bias
@@ -259,6 +332,8 @@ def linear_grpo_loss(
     """
     options = make_loss_options(**loss_options)
     check_head(hidden, weight, token_ids, bias, logit_softcap, logit_scale, row_mask, tp_group)
+    check_flag("compact_rows", compact_rows, or_none=True)
+    check_flag("batch_invariant", batch_invariant)
     num_tokens, device = hidden.shape[0], hidden.device
     fields = {
         "old_logprobs": old_logprobs,
@@ -266,9 +341,28 @@ def linear_grpo_loss(
         "sampler_logprobs": sampler_logprobs,
     }
     check_loss_inputs(options, num_tokens, device, cu_seqlens, loss_mask, fields)
+    if sparse_delta is not None:
+        check_sparse_options(sparse_delta, sparse_max_entries)
+        _check_sparse_allowed(sparse_delta, options, bias, kept, tp_group)
     mask = combined_mask(loss_mask, row_mask)
+    compact = row_mask is not None if compact_rows is None else compact_rows
     want_entropy = return_entropy or options.entropy_coef != 0
-    if options.needs_sequence_pass:
+    per_token = per_token_advantages(advantages, num_tokens, device, cu_seqlens)
+    grad_mode = torch.is_grad_enabled()
+    needs = [grad_mode and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    if options.needs_sequence_pass or kept is not None:
+        check_denominator(options, denominator)
+        facts = {
+            **fields,
+            "advantages": advantages,
+            "loss_mask": mask,
+            "cu_seqlens": cu_seqlens,
+            "denominator": denominator,
+            "loss options": list(options.op_arguments()),
+            "return_entropy": want_entropy,
+            "batch_invariant": batch_invariant,
+        }
+        agree_on_loss(tp_group, weight, facts | grad_facts(needs))
         return _two_phases(
             hidden,
             weight,
@@ -281,21 +375,23 @@ def linear_grpo_loss(
                 "temperature": temperature,
                 "logit_softcap": logit_softcap,
                 "logit_scale": logit_scale,
+                "kept": kept,
+                "compact_rows": compact if kept is None else compact_rows,
+                "batch_invariant": batch_invariant,
+                "tp_group": tp_group,
             },
             loss={**fields, **loss_options, "cu_seqlens": cu_seqlens, "denominator": denominator},
         )
-    advantages = per_token_advantages(advantages, num_tokens, device, cu_seqlens)
     scalar, per_row = split_temperature(temperature, num_tokens, device)
-    grad_mode = torch.is_grad_enabled()
     loss, logprobs, sums, _, _, _ = _linear_grpo(
-        hidden,
-        weight,
+        hidden if hidden.stride(1) == 1 else hidden.contiguous(),
+        weight if weight.stride(1) == 1 else weight.contiguous(),
         None if bias is None else bias.contiguous(),
         token_ids.contiguous(),
         per_row,
         None if mask is None else mask.contiguous(),
         old_logprobs,
-        advantages,
+        per_token,
         token_weights(num_tokens, cu_seqlens, mask, options, denominator, device),
         ref_logprobs,
         sampler_logprobs,
@@ -303,8 +399,13 @@ def linear_grpo_loss(
         None if logit_softcap is None else float(logit_softcap),
         1.0 if logit_scale is None else float(logit_scale),
         want_entropy,
+        compact and mask is not None and use_triton(hidden),
+        batch_invariant,
         *options.op_arguments(),
-        [grad_mode and t is not None and t.requires_grad for t in (hidden, weight, bias)],
+        needs,
+        group_name_of(tp_group),
+        None if sparse_delta is None else float(sparse_delta),
+        sparse_max_entries,
     )
     names = metric_names(
         options,
@@ -312,7 +413,28 @@ def linear_grpo_loss(
         has_entropy=want_entropy,
         has_sampler=sampler_logprobs is not None,
     )
+    names += () if sparse_delta is None else HEAD_METRICS
     return loss, LossMetrics(sums, names), logprobs
+
+
+def _check_sparse_allowed(
+    sparse_delta: float,
+    options: LossOptions,
+    bias: torch.Tensor | None,
+    kept: torch.Tensor | None,
+    tp_group: object | None,
+) -> None:
+    """ValueError for an option whose gradient a sparse row does not make."""
+    bias_grad = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    for refused, what in (
+        (options.entropy_coef != 0, f"entropy_coef={options.entropy_coef!r}"),
+        (options.needs_sequence_pass, "a sequence-level importance_level or is_correction"),
+        (bias_grad, "a bias that requires grad"),
+        (kept is not None, "kept"),
+        (tp_group is not None, "tp_group"),
+    ):
+        if refused:
+            raise ValueError(f"sparse_delta={sparse_delta!r} does not go with {what}")
 
 
 def _two_phases(
@@ -325,7 +447,7 @@ def _two_phases(
     head: dict,
     loss: dict,
 ) -> tuple[torch.Tensor, LossMetrics, torch.Tensor]:
-    """Sequence-level options: log-probabilities first, then the loss on all of them."""
+    """Sequence-level options and kept sets: log-probabilities first, then the loss on all."""
     outputs = linear_logprobs(
         hidden,
         weight,

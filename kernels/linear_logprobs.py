@@ -6,8 +6,16 @@ scale multiplies its result (Cohere, Granite), the softcap follows (Gemma), the 
 With G = dL/d raw [N, V]: d hidden = G @ weight, d weight = G.T @ hidden, d bias = sum of G's rows.
 
 Rows go through in chunks: GEMM to fp32 logits, one pass over them (vocab_rows.py), nothing kept but
-five numbers a row. Backward recomputes the chunk's logits: 4 GEMMs of 2 N D V FLOP in all, 3 with a
-frozen head (no d weight). linear_grpo.py needs one less: it makes its gradient in the forward pass.
+five numbers a row. Products of 2 N D V FLOP in all, f the share of rows with a gradient:
+
+    general                                  1 forward, 3 f backward: the logits are made again
+    frozen head (only ``hidden`` has a       2 forward, 0 backward
+      gradient), logprobs alone asked
+    ``keep_probs``                           1 forward, 2 f backward, N V numbers kept
+    frozen head, entropy or lse asked        1 forward, 2 f backward: the logits are made again
+
+The second and third are in linear_logprobs_unit.py. linear_grpo.py needs three in all, too: it
+makes its gradient in the forward pass.
 
 Precision. Logits leave the GEMM in fp32, never rounded to half, which would cost 0.1 in a logprob
 and bias the entropy. d weight and d bias are summed over chunks in fp32 and rounded once. On a CPU
@@ -19,13 +27,14 @@ written and read), backward 14 (the same again, then G written in half and read 
 Workspace: one chunk of fp32 logits and one of G (head_chunks.py). d weight in fp32: 4 D V.
 
 Rows with ``row_mask`` False give logprob, entropy and lse 0 and take no gradient; their token ids
-are not looked at. On a CPU those rows, and in backward the rows whose incoming gradients are zero,
-are left out of the GEMMs. On CUDA counting them would be a host sync, so only the passes over
-their logits are skipped, and masked rows enter the GEMMs as zeros: what they hold cannot matter.
+are not looked at, and what their hidden states hold cannot matter. Those rows, and in backward the
+rows whose incoming gradients are zero, are left out of the GEMMs (``compact_rows``, head_pass.py).
+On CUDA only the device knows how many stay: the GEMMs are live_gemm.py's, without a host sync.
 """
 
 from __future__ import annotations
 
+import math
 import numbers
 
 import torch
@@ -38,23 +47,20 @@ from grpo_engine.kernels.common import (
     first_derivatives_only,
     use_triton,
 )
-from grpo_engine.kernels.head_chunks import (
-    HeadGrads,
-    Workspace,
-    chunk_hidden,
-    head_chunk_backward,
-    head_row_chunks,
-    raw_logits,
+from grpo_engine.kernels.head_chunks import HeadGrads
+from grpo_engine.kernels.head_pass import HeadPass
+from grpo_engine.kernels.linear_logprobs_unit import frozen_logprobs, kept_logprobs
+from grpo_engine.kernels.logprobs import row_grads, split_temperature
+from grpo_engine.kernels.truncated import refuse_with_kept, truncated_logprobs
+from grpo_engine.kernels.truncated_mask import kept_mask
+from grpo_engine.kernels.vocab_parallel import (
+    grad_facts,
+    group_name_of,
+    shards_for_backward,
+    together,
+    whole_head,
 )
-from grpo_engine.kernels.logprobs import check_row_values, row_grads, split_temperature
-from grpo_engine.kernels.vocab_rows import (
-    LogitOptions,
-    RowGrads,
-    RowStats,
-    apply_logit_options,
-    fold_rows,
-    shift_rows,
-)
+from grpo_engine.kernels.vocab_rows import LogitOptions, RowGrads, RowStats
 
 
 def linear_logprobs_ref(
@@ -69,11 +75,17 @@ def linear_logprobs_ref(
     return_entropy: bool = False,
     return_lse: bool = False,
     row_mask: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
+    compact_rows: bool | None = None,
+    keep_probs: bool = False,
+    batch_invariant: bool = False,
     tp_group: object | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """Specification of ``linear_logprobs``: [N, V] logits in fp64 for fp64 inputs, else fp32."""
-    if tp_group is not None:
-        raise ValueError("tp_group is not supported yet")
+    """Specification of ``linear_logprobs``: [N, V] logits in fp64 for fp64 inputs, else fp32.
+
+    ``compact_rows``, ``keep_probs`` and ``batch_invariant`` say how, not what: no effect here.
+    """
+    weight, bias = whole_head(weight, bias, tp_group)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logits = hidden.to(wide) @ weight.to(wide).T
     if bias is not None:
@@ -82,6 +94,8 @@ def linear_logprobs_ref(
         logits = logits * logit_scale
     if logit_softcap is not None:
         logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    if kept is not None:
+        logits = logits.masked_fill(~kept_mask(kept, weight.shape[0]), -torch.inf)
     logits = logits / (temperature[:, None] if torch.is_tensor(temperature) else temperature)
     ids = token_ids.long() if row_mask is None else token_ids.long().where(row_mask, 0)
     log_p = torch.log_softmax(logits, dim=-1)
@@ -98,21 +112,6 @@ def linear_logprobs_ref(
 # ---- Registered operators ------------------------------------------------------------------------
 
 
-def check_live_rows(
-    token_ids: torch.Tensor,
-    row_temperature: torch.Tensor | None,
-    row_mask: torch.Tensor | None,
-    vocab: int,
-) -> None:
-    """``check_row_values`` for the rows of ``row_mask`` (CPU only)."""
-    if token_ids.is_cuda:
-        return
-    if row_mask is not None:
-        token_ids = token_ids[row_mask]
-        row_temperature = None if row_temperature is None else row_temperature[row_mask]
-    check_row_values(token_ids, row_temperature, vocab)
-
-
 @custom_op("grpo_engine::linear_logprobs")
 def _linear_logprobs(
     hidden: torch.Tensor,
@@ -124,33 +123,38 @@ def _linear_logprobs(
     temperature: float,
     logit_softcap: float | None,
     logit_scale: float,
+    compact: bool,
+    batch_invariant: bool,
     want_entropy: bool,
+    tp_group: str | None = None,
+    needs: list[bool] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The five fields of RowStats."""
-    check_live_rows(token_ids, row_temperature, row_mask, weight.shape[0])
+    """The five fields of RowStats. ``needs`` (gradients of hidden, weight, bias) is only compared
+    between the ranks of ``tp_group``."""
     options = LogitOptions(temperature, row_temperature, bias, logit_scale, logit_softcap)
-    # the CPU path visits the unmasked rows only, the Triton path writes every row
-    make_stats = RowStats.empty if row_mask is None or use_triton(hidden) else RowStats.zeros
-    stats = make_stats(hidden, hidden.shape[0], want_entropy)
-    work = Workspace.make(hidden, weight.shape[0], for_gradient=False)
-    for index in head_row_chunks(hidden, work.rows, row_mask):
-        rows = hidden[index]
-        logits = raw_logits(rows, weight, work.logits[: len(rows)])
-        chunk = fold_rows(
-            logits,
-            work.dlogits[: len(rows)],
-            token_ids[index],
-            options.rows(index),
-            want_entropy,
-            None if row_mask is None else row_mask[index],
-        )
-        stats.put(index, chunk)
-    return tuple(stats)
+    head = HeadPass.forward(
+        hidden,
+        weight,
+        token_ids,
+        options,
+        row_mask,
+        compact=compact,
+        batch_invariant=batch_invariant,
+        tp_group=tp_group,
+        pass_name="linear_logprobs",
+        return_entropy=want_entropy,
+        **({} if needs is None else grad_facts(needs)),
+    )
+    stats = RowStats.empty(hidden, head.places, want_entropy)
+    work = head.workspace(for_gradient=False)
+    for chunk in head.chunks(work.rows):
+        stats.put(chunk, head.fold(chunk, work, want_entropy))
+    return tuple(head.put_back(stats, want_entropy))
 
 
 @_linear_logprobs.register_fake
-def _(hidden, weight, bias, token_ids, row_temperature, row_mask, *rest):
-    return tuple(RowStats.empty(hidden, hidden.shape[0], want_entropy=rest[-1]))
+def _(hidden, *rest, tp_group=None, needs=None):
+    return tuple(RowStats.empty(hidden, hidden.shape[0], want_entropy=rest[10]))
 
 
 @custom_op("grpo_engine::linear_logprobs_backward")
@@ -168,63 +172,48 @@ def _linear_logprobs_backward(
     temperature: float,
     logit_softcap: float | None,
     logit_scale: float,
+    compact: bool,
     needs: list[bool],
+    tp_group: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of hidden, weight and bias; one without elements where ``needs`` is False."""
+    shards = shards_for_backward(tp_group, "linear_logprobs", weight, needs[0])
     grads = RowGrads(grad_logprobs, grad_entropy, grad_lse)
-    all_stats = RowStats(*stats)
     options = LogitOptions(temperature, row_temperature, bias, logit_scale, logit_softcap)
-    into = HeadGrads.make(hidden, weight, tuple(needs), hidden.dtype)
-    work = Workspace.make(hidden, weight.shape[0], for_gradient=True)
-    live = None
-    if not use_triton(hidden):
+    live = row_mask
+    if compact or not use_triton(hidden):
         live = grads.live() if row_mask is None else grads.live() & row_mask
-    for index in head_row_chunks(hidden, work.rows, live):
-        rows, chunk_options = chunk_hidden(hidden, index, row_mask), options.rows(index)
-        chunk = all_stats.rows(index)
-        logits = raw_logits(rows, weight, work.logits[: len(rows)])
-        if not use_triton(hidden):
-            apply_logit_options(logits, chunk_options)
-            shift_rows(logits, work.dlogits[: len(rows)], chunk_options, chunk.row_max)
-        head_chunk_backward(
-            index,
-            work,
-            rows,
-            weight,
-            token_ids[index],
-            chunk_options,
-            chunk,
-            grads.rows(index),
-            None if row_mask is None else row_mask[index],
-            into,
-        )
-    empty = hidden.new_empty
-    return (
-        empty(0) if into.hidden is None else into.hidden,
-        empty(0, dtype=weight.dtype) if into.weight is None else into.weight.to(weight.dtype),
-        empty(0) if into.bias is None else into.bias.to(bias.dtype),
+    head = HeadPass.make(hidden, weight, token_ids, options, live, compact=compact, shards=shards)
+    place_stats, place_grads = head.take_stats(RowStats(*stats)), head.take_grads(grads)
+    into = HeadGrads.make(
+        hidden,
+        weight,
+        tuple(needs),
+        head.hidden_grad_dtype,
+        every_row=use_triton(hidden) and not compact,
     )
+    work = head.workspace(for_gradient=True)
+    for chunk in head.chunks(work.rows):
+        head.backward(chunk, work, place_stats, place_grads, into)
+    head.finish(into)
+    return into.as_outputs(hidden, weight, bias)
 
 
 @_linear_logprobs_backward.register_fake
-def _(grad_logprobs, grad_entropy, grad_lse, hidden, weight, bias, *rest):
-    need_hidden, need_weight, need_bias = rest[-1]
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        bias.new_empty(bias.shape) if need_bias else hidden.new_empty(0),
-    )
+def _(grad_logprobs, grad_entropy, grad_lse, hidden, weight, bias, *rest, tp_group=None):
+    return HeadGrads.fake_outputs(hidden, weight, bias, rest[8])
 
 
 # ---- Autograd ------------------------------------------------------------------------------------
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, temperature, logit_softcap, logit_scale, _ = inputs
+    *tensors, temperature, logit_softcap, logit_scale, compact, _, _, tp_group, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[3], output[4])
     ctx.save_for_backward(*tensors, *output)
-    ctx.scalars = (temperature, logit_softcap, logit_scale)
+    ctx.scalars = (temperature, logit_softcap, logit_scale, compact)
+    ctx.tp_group = tp_group
 
 
 @first_derivatives_only
@@ -232,9 +221,11 @@ def _backward(ctx, *grads):
     tensors, stats = ctx.saved_tensors[:6], list(ctx.saved_tensors[6:])
     needs = [bool(need) for need in ctx.needs_input_grad[:3]]
     incoming = row_grads(grads[:3], stats[0])
-    results = _linear_logprobs_backward(*incoming, *tensors, stats, *ctx.scalars, needs)
+    results = _linear_logprobs_backward(
+        *incoming, *tensors, stats, *ctx.scalars, needs, ctx.tp_group
+    )
     made = [grad if need else None for grad, need in zip(results, needs, strict=True)]
-    return (*made, *[None] * 7)
+    return (*made, *[None] * 11)
 
 
 _linear_logprobs.register_autograd(_backward, setup_context=_setup_context)
@@ -276,12 +267,20 @@ def check_head(
     for name, value in (("logit_softcap", logit_softcap), ("logit_scale", logit_scale)):
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not value > 0:
-            raise ValueError(f"{name} must be a number > 0 or None, got {value!r}")
-    if tp_group is not None:
-        raise ValueError("tp_group is not supported yet: pass the whole weight and tp_group=None")
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not is_number or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a finite number > 0 or None, got {value!r}")
+    group_name_of(tp_group)
 
 
+def check_flag(name: str, value: object, *, or_none: bool = False) -> None:
+    if not isinstance(value, bool) and not (or_none and value is None):
+        raise ValueError(
+            f"{name} must be True{', False or None' if or_none else ' or False'}, got {value!r}"
+        )
+
+
+@together
 def linear_logprobs(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -294,9 +293,17 @@ def linear_logprobs(
     return_entropy: bool = False,
     return_lse: bool = False,
     row_mask: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
+    compact_rows: bool | None = None,
+    keep_probs: bool = False,
+    batch_invariant: bool = False,
     tp_group: object | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Log-probability of each row's token under the head ``weight``, without [N, V] in memory.
+
+    Where ``hidden`` alone requires grad (a frozen head, LoRA) and only logprobs are asked, the
+    forward pass makes the gradient's direction too and keeps it, 4 N D bytes: two GEMMs in all. It
+    is made for every row of ``row_mask``, also those whose gradient turns out to be 0.
 
     Args:
         hidden: [N, D] fp32, bf16 or fp16.
@@ -308,21 +315,46 @@ def linear_logprobs(
         return_entropy, return_lse: also return these, of logits / temperature, in nats.
         row_mask: [N] bool; a False row gives 0 everywhere, takes no gradient, and its token id
             may be anything.
-        tp_group: must be None.
+        kept: what the sampler kept of each row: ids [N, K] int32 or int64 with -1 in unused places,
+            a mask [N, V] bool, or its bits [N, ceil(V / 8)] uint8 (truncated.py). Everything is
+            then that of the distribution over the kept set alone, which must hold the row's token
+            (else ValueError on a CPU, NaN on CUDA). With ids no GEMM is run at all. Not with
+            compact_rows=True, keep_probs or batch_invariant.
+        compact_rows: on CUDA, spend no GEMM work on rows outside ``row_mask``, nor in backward on
+            rows whose incoming gradients are 0, without a host sync. None: where ``row_mask`` is
+            given; True: always; False: never (cuBLAS on all rows). A CPU always leaves them out.
+        keep_probs: keep the gradient of the logits, [N, V] in ``hidden``'s dtype (on a CPU fp32),
+            for the backward pass, which then has two GEMMs instead of three. Not with
+            return_entropy or return_lse where a gradient is needed.
+        batch_invariant: logprobs, entropy and lse of a row are the same bits whatever rows stand
+            beside it, in whatever chunks (at one number of CPU threads): the ratio to log-
+            probabilities recomputed in another packing is exactly 1. For its cost see head_pass.py.
+            Gradients are what they are without it.
+        tp_group: a torch.distributed.ProcessGroup whose ranks hold the head together: ``weight``
+            [V_r, D] and ``bias`` [V_r] are this rank's consecutive rows of it, in rank order, and
+            all else is the same on every rank (``token_ids`` count from the first row of rank 0).
+            Every rank gets the same outputs, the whole d hidden, and the gradients of its own rows;
+            every rank must make the same calls, backward included. For who adds up d hidden, what
+            is sent, and what happens to an error on one rank see vocab_parallel.py. Not with kept.
 
     Returns:
         logprobs [N] fp32, or the tuple (logprobs[, entropy][, lse]); all differentiable with
         respect to hidden, weight and bias, once: backward raises RuntimeError under
-        ``create_graph=True``. A gradient that is not needed is not computed.
+        ``create_graph=True``. A gradient that is not needed is not computed. The same call gives
+        the same bits again, gradients included.
 
     Raises:
         ValueError: wrong shape, dtype, device or option; the message names it.
     """
     check_head(hidden, weight, token_ids, bias, logit_softcap, logit_scale, row_mask, tp_group)
+    check_flag("compact_rows", compact_rows, or_none=True)
+    check_flag("keep_probs", keep_probs)
+    check_flag("batch_invariant", batch_invariant)
     scalar, per_row = split_temperature(temperature, hidden.shape[0], hidden.device)
-    logprobs, entropy, lse, _, _ = _linear_logprobs(
-        hidden,
-        weight,
+    compact = row_mask is not None if compact_rows is None else compact_rows
+    arguments = (
+        hidden if hidden.stride(1) == 1 else hidden.contiguous(),
+        weight if weight.stride(1) == 1 else weight.contiguous(),
         None if bias is None else bias.contiguous(),
         token_ids.contiguous(),
         per_row,
@@ -330,8 +362,33 @@ def linear_logprobs(
         scalar,
         None if logit_softcap is None else float(logit_softcap),
         1.0 if logit_scale is None else float(logit_scale),
-        return_entropy,
+        compact and use_triton(hidden),
+        batch_invariant,
     )
+    group = group_name_of(tp_group)
+    grad_mode = torch.is_grad_enabled()
+    needs = [grad_mode and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    extras = return_entropy or return_lse
+    if kept is not None:
+        refuse_with_kept(
+            compact_rows=compact_rows,
+            keep_probs=keep_probs,
+            batch_invariant=batch_invariant,
+            tp_group=tp_group,
+        )
+        results = truncated_logprobs(kept, *arguments[:9], return_entropy)
+    elif keep_probs and any(needs):
+        if extras:
+            raise ValueError(
+                "keep_probs keeps what the gradient of logprobs needs, not that of entropy or lse: "
+                "pass return_entropy=False and return_lse=False, or keep_probs=False"
+            )
+        return kept_logprobs(*arguments, group)
+    elif needs == [True, False, False] and not extras:
+        return frozen_logprobs(*arguments, group)
+    else:
+        results = _linear_logprobs(*arguments, return_entropy, group, needs)
+    logprobs, entropy, lse = results[:3]
     outputs = [logprobs]
     if return_entropy:
         outputs.append(entropy)

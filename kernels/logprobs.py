@@ -87,7 +87,14 @@ def check_row_values(
     low, high = (int(value) for value in token_ids.aminmax())
     if low < 0 or high >= vocab:
         raise ValueError(f"token_ids must be in [0, {vocab}), got {low if low < 0 else high}")
-    if row_temperature is not None and not bool((row_temperature > 0).all()):
+    check_row_temperature(row_temperature)
+
+
+def check_row_temperature(row_temperature: torch.Tensor | None) -> None:
+    """ValueError for a temperature <= 0 or NaN. CPU only."""
+    if row_temperature is None or row_temperature.is_cuda:
+        return
+    if not bool((row_temperature > 0).all()):
         raise ValueError(f"temperature must be > 0, got {row_temperature.min().item()}")
 
 

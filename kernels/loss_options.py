@@ -15,7 +15,7 @@ from torch import Tensor
 from grpo_engine.kernels.common import INT_DTYPES, check_no_gradient, check_vector
 
 CLIPPED_LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo")  # one formula, five normalisations
-LOSS_TYPES = (*CLIPPED_LOSSES, "cispo", "sapo", "gspo")
+LOSS_TYPES = (*CLIPPED_LOSSES, "cispo", "sapo", "vespo", "gspo")
 IMPORTANCE_LEVELS = ("token", "sequence")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 IS_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
@@ -25,6 +25,10 @@ IS_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence
 CISPO_EPSILON_HIGH = 5.0
 
 LOG_RATIO_MAX = 20.0  # cap of log-ratios inside exponentials; see grpo_loss.py
+# VESPO's sequence ratio is taken for no less than this; TRL's number, from the authors' code.
+VESPO_RATIO_MIN = 1e-8
+VESPO_LAMBDA_MIN = 1e-4  # TRL raises a smaller lambda to it in silence
+VESPO_LOG_WEIGHT_MAX = 80.0  # e^80 = 5.5e34: times any sane advantage still an fp32 number
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,18 @@ class LossOptions:
     max_completion_length: int | None
     sapo_temperature_pos: float
     sapo_temperature_neg: float
+    vespo_k_pos: float
+    vespo_lambda_pos: float
+    vespo_k_neg: float
+    vespo_lambda_neg: float
 
     @property
     def needs_sequence_pass(self) -> bool:
         """Whether one token's loss depends on its whole sequence, so that tokens cannot be cut
         freely."""
         is_sequence = self.is_correction is not None and self.is_correction.startswith("sequence")
-        return self.importance_level == "sequence" or is_sequence
+        by_ratio = self.importance_level == "sequence" or self.loss_type == "vespo"
+        return by_ratio or is_sequence
 
     def op_arguments(self) -> tuple[str, list[float]]:
         """The options as a torch.library schema can carry them; `from_op_arguments` is the
@@ -70,6 +79,10 @@ class LossOptions:
             float(self.max_completion_length or 0),
             self.sapo_temperature_pos,
             self.sapo_temperature_neg,
+            self.vespo_k_pos,
+            self.vespo_lambda_pos,
+            self.vespo_k_neg,
+            self.vespo_lambda_neg,
         ]
         return ",".join(choice or "" for choice in choices), numbers
 
@@ -77,7 +90,8 @@ class LossOptions:
     def from_op_arguments(choices: str, numbers: list[float]) -> LossOptions:
         loss_type, importance_level, kl_estimator, is_correction = choices.split(",")
         epsilon, epsilon_high, delta, beta, kl_bias_correction, is_low, is_high = numbers[:7]
-        entropy_coef, max_completion_length, tau_pos, tau_neg = numbers[7:]
+        entropy_coef, max_completion_length, tau_pos, tau_neg = numbers[7:11]
+        k_pos, lambda_pos, k_neg, lambda_neg = numbers[11:]
         return LossOptions(
             loss_type=loss_type,
             importance_level=importance_level,
@@ -93,6 +107,10 @@ class LossOptions:
             max_completion_length=int(max_completion_length) or None,
             sapo_temperature_pos=tau_pos,
             sapo_temperature_neg=tau_neg,
+            vespo_k_pos=k_pos,
+            vespo_lambda_pos=lambda_pos,
+            vespo_k_neg=k_neg,
+            vespo_lambda_neg=lambda_neg,
         )
 
 
@@ -112,6 +130,10 @@ def make_loss_options(
     max_completion_length: int | None = None,
     sapo_temperature_pos: float = 1.0,
     sapo_temperature_neg: float = 1.05,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
 ) -> LossOptions:
     """Check and resolve the options of `grpo_loss`; their meaning is given there.
 
@@ -144,6 +166,10 @@ def make_loss_options(
             raise ValueError(
                 f"max_completion_length must be an int >= 1, got {max_completion_length!r}"
             )
+    _check_vespo_weight("pos", vespo_k_pos, vespo_lambda_pos)
+    _check_vespo_weight("neg", vespo_k_neg, vespo_lambda_neg)
+    if loss_type == "vespo":
+        _check_vespo(importance_level, is_correction)
     if loss_type == "gspo":
         loss_type, importance_level = "grpo", "sequence"
     return LossOptions(
@@ -161,6 +187,10 @@ def make_loss_options(
         max_completion_length=max_completion_length,
         sapo_temperature_pos=float(sapo_temperature_pos),
         sapo_temperature_neg=float(sapo_temperature_neg),
+        vespo_k_pos=float(vespo_k_pos),
+        vespo_lambda_pos=float(vespo_lambda_pos),
+        vespo_k_neg=float(vespo_k_neg),
+        vespo_lambda_neg=float(vespo_lambda_neg),
     )
 
 
@@ -196,6 +226,34 @@ def _checked_delta(delta: float | None, loss_type: str, epsilon_high: float) -> 
             "branch that the clip leaves open"
         )
     return float(delta)
+
+
+def _check_vespo_weight(side: str, k: float, decay: float) -> None:
+    """ValueError unless phi(w) = exp(decay + k log w - decay w) is an fp32 number for every w."""
+    _number(f"vespo_k_{side}", k, low=0.0)
+    _number(f"vespo_lambda_{side}", decay, low=VESPO_LAMBDA_MIN)
+    if torch.compiler.is_compiling():
+        return  # the numbers may be symbolic, without a logarithm
+    peak = min(max(k / decay, VESPO_RATIO_MIN), math.exp(LOG_RATIO_MAX))
+    log_phi = decay + k * math.log(peak) - decay * peak
+    if log_phi > VESPO_LOG_WEIGHT_MAX:
+        raise ValueError(
+            f"vespo_k_{side}={k!r}, vespo_lambda_{side}={decay!r}: the weight would reach "
+            f"e^{log_phi:.0f} at a ratio of {peak:.3g}, the limit is e^{VESPO_LOG_WEIGHT_MAX:g}"
+        )
+
+
+def _check_vespo(importance_level: str, is_correction: str | None) -> None:
+    if importance_level != "token":
+        raise ValueError(
+            f"importance_level={importance_level!r} contradicts loss_type='vespo', which weighs "
+            "whole sequences by itself; leave it at 'token'"
+        )
+    if is_correction is not None and is_correction.startswith("sequence"):
+        raise ValueError(
+            f"is_correction={is_correction!r} has no meaning for loss_type='vespo': the correction "
+            "of each token enters the sequence's ratio; use 'token_truncate' or 'token_mask'"
+        )
 
 
 def _checked_is_clip(is_clip: tuple[float | None, float | None]) -> tuple[float, float]:
@@ -309,8 +367,14 @@ METRICS = (
     "is_weight_mean",  # sampler correction after clipping or masking
     "is_truncated",  # fraction of weights that clipping or masking changed
     "sampler_unscored",  # fraction with a NaN sampler logprob, whose ratio counts as 1
+    "phi_mean",  # vespo's weight of the token's sequence
 )
 NUM_METRICS = len(METRICS)
+# What linear_grpo_loss(sparse_delta=...) adds behind them, likewise sums over tokens.
+HEAD_METRICS = (
+    "dropped_mass",  # share of a row that the sparse backward left out, at most sparse_delta
+    "sparse_rows",  # fraction whose gradient it made; the others had the dense one, or none
+)
 
 
 def metric_names(
@@ -326,8 +390,10 @@ def metric_names(
         absent |= {"sampling_logp_difference", "sampler_unscored"}
     if options.is_correction is None:
         absent |= {"is_weight_mean", "is_truncated"}
-    if options.loss_type == "sapo":
+    if options.loss_type in ("sapo", "vespo"):  # soft: nothing is held at a bound
         absent |= {"clip_low", "clip_high", "clip_region"}
+    if options.loss_type != "vespo":
+        absent |= {"phi_mean"}
     return tuple(name for name in METRICS if name not in absent)
 
 
@@ -335,8 +401,9 @@ def metric_names(
 class LossMetrics:
     """Metrics of one or more micro-batches, still on the device.
 
-    `sums` [NUM_METRICS] fp32 in the order of METRICS; `names` those that apply. `a + b` merges
-    micro-batches, `metrics["kl"]` is a 0-d tensor, and `to_dict()` is the one host sync.
+    `sums` fp32 in the order of METRICS, then HEAD_METRICS if present; `names` those that apply.
+    `a + b` merges micro-batches, `metrics["kl"]` is a 0-d tensor, and `to_dict()` is the one host
+    sync.
     """
 
     sums: Tensor
@@ -353,13 +420,13 @@ class LossMetrics:
         if name == "tokens":
             return self.sums[0]
         tokens = self.sums[0]
-        total = self.sums[METRICS.index(name)]
+        total = self.sums[(METRICS + HEAD_METRICS).index(name)]
         return torch.where(tokens > 0, total / tokens, torch.zeros_like(total))
 
     def to_dict(self) -> dict[str, float]:
         """Means over the masked-in tokens ("tokens": their number) as Python floats; 0 without
         tokens."""
-        sums = dict(zip(METRICS, self.sums.tolist(), strict=True))
+        sums = dict(zip(METRICS + HEAD_METRICS, self.sums.tolist(), strict=False))
         tokens = sums["tokens"]
         return {
             name: tokens if name == "tokens" else (sums[name] / tokens if tokens > 0 else 0.0)

@@ -181,11 +181,15 @@ def dlogits_rows(
     stats: RowStats,
     grads: RowGrads,
     row_mask: torch.Tensor | None = None,
+    *,
+    skip_masked: bool = False,
 ) -> torch.Tensor:
     """dL/d(raw logits) of one chunk of rows, written to ``out``.
 
     On a CPU ``logits`` and ``out`` hold what ``fold_rows`` or ``shift_rows`` left in ``logits`` and
-    ``scratch``. On the Triton path ``logits`` are the raw ones and ``out`` has any float dtype.
+    ``scratch``. On the Triton path ``logits`` are the raw ones and ``out`` has any float dtype;
+    rows that are masked or have no gradient become zeros; with ``skip_masked`` masked ones stay as
+    they are, for GEMMs that never read them.
     """
     if not use_triton(logits):
         return _dlogits_rows_cpu(out, logits, token_ids, options, stats, grads)
@@ -221,6 +225,7 @@ def dlogits_rows(
         **options.kernel_flags(row_mask),
         HAS_GRAD_ENTROPY=grads.entropy is not None,
         HAS_GRAD_LSE=grads.lse is not None,
+        SKIP_MASKED=skip_masked,
         BLOCK_V=block,
         num_warps=num_warps,
         **LAUNCH_OPTIONS,
@@ -312,7 +317,10 @@ def _dlogits_rows_cpu(
         shifted.clamp_(min=_LOG_ZERO).mul_(curve[:, None]).add_((slope * to_p)[:, None])
         exps.mul_(shifted)
     at_token = at_token * inv_temperature * options.logit_scale
-    exps.scatter_(1, token_ids[:, None].long(), at_token[:, None])
+    ids = token_ids[:, None].long()
+    inside = (ids >= 0) & (ids < exps.shape[1])  # else in another shard (vocab_parallel.py)
+    column = ids.where(inside, 0)
+    exps.scatter_(1, column, torch.where(inside, at_token[:, None], exps.gather(1, column)))
     if cap_slope is not None:
         exps.mul_(cap_slope)
     return exps

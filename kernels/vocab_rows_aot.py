@@ -71,4 +71,12 @@ AOT_SIGNATURES = [
         HAS_GRAD_ENTROPY=True,
         HAS_GRAD_LSE=True,
     ),
+    _aot_case(
+        _dlogits_rows_kernel,
+        "fp32",
+        DLOGITS_BLOCKS[90],
+        out_type="bf16",
+        HAS_ROW_MASK=True,
+        SKIP_MASKED=True,
+    ),
 ]

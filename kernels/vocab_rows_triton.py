@@ -64,6 +64,48 @@ def _load_logits(
 
 
 @jit
+def _online_sums(
+    row_ptr,
+    bias_ptr,
+    token,
+    token_logit,
+    inv_temperature,
+    logit_scale,
+    softcap,
+    V,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One read of a row: its maximum over all k; sums over k != y of e_k = exp(d_k) and (with
+    entropy) of e_k d_k, where d_k = (l_k - maximum) / T."""
+    row_max = token_logit
+    others = 0.0
+    weighted = 0.0
+    for start in range(0, V, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        mask_v = offs_v < V
+        logits = _load_logits(
+            row_ptr, bias_ptr, offs_v, mask_v, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
+        )
+        # the padding is set to -inf here because softcap makes its -inf finite
+        logits = tl.where(mask_v & (offs_v != token), logits, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(logits, axis=0))
+        origin = tl.where(new_max == -float("inf"), 0.0, new_max)
+        shifted = (logits - origin) * inv_temperature
+        exps = tl.exp(shifted)
+        drop = tl.exp((row_max - origin) * inv_temperature)
+        if WITH_ENTROPY:
+            rebased = weighted + others * (row_max - origin) * inv_temperature
+            weighted = tl.where(others == 0.0, 0.0, drop * rebased)
+            weighted += tl.sum(exps * tl.where(exps > 0.0, shifted, 0.0), axis=0)
+        others = others * drop + tl.sum(exps, axis=0)
+        row_max = new_max
+    return row_max, others, weighted
+
+
+@jit
 def _fold_rows_kernel(
     # outputs, [N] fp32
     logprobs_ptr,
@@ -113,31 +155,20 @@ def _fold_rows_kernel(
         row_ptr, bias_ptr, token, in_range, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
     )
 
-    # Running maximum over all k; sums over k != y of e_k = exp(d_k) and of e_k d_k, where
-    # d_k = (l_k - maximum) / T.
-    row_max = token_logit
-    others = 0.0
-    weighted = 0.0
-    for start in range(0, V, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        mask_v = offs_v < V
-        logits = _load_logits(
-            row_ptr, bias_ptr, offs_v, mask_v, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
-        )
-        # the padding is set to -inf here because softcap makes its -inf finite
-        logits = tl.where(mask_v & (offs_v != token), logits, -float("inf"))
-        new_max = tl.maximum(row_max, tl.max(logits, axis=0))
-        origin = tl.where(new_max == -float("inf"), 0.0, new_max)
-        shifted = (logits - origin) * inv_temperature
-        exps = tl.exp(shifted)
-        drop = tl.exp((row_max - origin) * inv_temperature)
-        if WITH_ENTROPY:
-            rebased = weighted + others * (row_max - origin) * inv_temperature
-            weighted = tl.where(others == 0.0, 0.0, drop * rebased)
-            weighted += tl.sum(exps * tl.where(exps > 0.0, shifted, 0.0), axis=0)
-        others = others * drop + tl.sum(exps, axis=0)
-        row_max = new_max
-
+    row_max, others, weighted = _online_sums(
+        row_ptr,
+        bias_ptr,
+        token,
+        token_logit,
+        inv_temperature,
+        logit_scale,
+        softcap,
+        V,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+        WITH_ENTROPY,
+        BLOCK_V,
+    )
     token_shifted = (token_logit - row_max) * inv_temperature
     token_exp = tl.exp(token_shifted)
     log_sum = tl.where(token_shifted == 0.0, _log1p(others), tl.log(others + token_exp))
@@ -185,6 +216,7 @@ def _dlogits_rows_kernel(
     HAS_ROW_MASK: tl.constexpr,
     HAS_GRAD_ENTROPY: tl.constexpr,
     HAS_GRAD_LSE: tl.constexpr,
+    SKIP_MASKED: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -202,7 +234,11 @@ def _dlogits_rows_kernel(
         grad_lse = tl.load(grad_lse_ptr + row)
         dead = dead & (grad_lse == 0.0)
     if HAS_ROW_MASK:
-        dead = dead | (tl.load(row_mask_ptr + row) == 0)
+        masked = tl.load(row_mask_ptr + row) == 0
+        if SKIP_MASKED:  # noqa: SIM102 - a constexpr, then a value
+            if masked:
+                return
+        dead = dead | masked
     if dead:
         zeros = tl.zeros([BLOCK_V], dtype=dlogits_ptr.dtype.element_ty)
         tl.store(out_ptr + offs_v, zeros, mask=mask_v)

@@ -56,6 +56,19 @@ def _linear_logprobs(x):
     return outputs, leaves
 
 
+def _logprobs_alone(x, **options):
+    leaves = (x["hidden"], x["weight"])
+    options.setdefault("row_mask", x["loss_mask"])
+    return (linear_logprobs(*leaves, x["token_ids"], **options),), leaves
+
+
+def _frozen_head(x):
+    options = {"row_mask": x["loss_mask"]}
+    return (linear_logprobs(x["hidden"], x["weight"].detach(), x["token_ids"], **options),), (
+        x["hidden"],
+    )
+
+
 def _loss_fields(x):
     names = ("ref_logprobs", "loss_mask", "cu_seqlens")
     return {"beta": 0.1, **{name: x[name] for name in names}}
@@ -76,11 +89,42 @@ def _linear_grpo_loss(x, **options):
 OPS: dict[str, Callable] = {
     "token_logprobs": _token_logprobs,
     "linear_logprobs": _linear_logprobs,
+    "linear_logprobs-all rows": lambda x: _logprobs_alone(x, compact_rows=False),
+    "linear_logprobs-live rows": lambda x: _logprobs_alone(x, row_mask=None, compact_rows=True),
+    "linear_logprobs-kept": lambda x: _logprobs_alone(x, keep_probs=True),
+    "linear_logprobs-kept, all rows": lambda x: _logprobs_alone(
+        x, keep_probs=True, compact_rows=False
+    ),
+    "linear_logprobs-frozen": _frozen_head,
+    "linear_logprobs-invariant": lambda x: _logprobs_alone(x, batch_invariant=True),
     **{f"grpo_loss-{t}": lambda x, t=t: _grpo_loss(x, loss_type=t) for t in ("grpo", "dapo")},
     "grpo_loss-gspo": lambda x: _grpo_loss(x, loss_type="gspo"),
     "linear_grpo_loss": _linear_grpo_loss,
     "linear_grpo_loss-gspo": lambda x: _linear_grpo_loss(x, loss_type="gspo"),
+    "linear_grpo_loss-live rows": lambda x: _linear_grpo_loss(x, compact_rows=True),
+    "linear_grpo_loss-invariant": lambda x: _linear_grpo_loss(x, batch_invariant=True),
+    "linear_grpo_loss-entropy": lambda x: _linear_grpo_loss(x, entropy_coef=0.01),
+    "linear_grpo_loss-on policy": lambda x: _linear_grpo_loss(x | {"old_logprobs": None}),
+    "linear_grpo_loss-sparse": lambda x: _linear_grpo_loss(x, sparse_delta=1e-2),
+    "linear_logprobs-kept ids": lambda x: _logprobs_alone(x, kept=_kept_ids(x)),
+    "linear_logprobs-kept mask": lambda x: _logprobs_alone(x, kept=_kept_mask(x)),
 }
+# Two leaves, and chunks of rows.
+CHUNKED = [op for op in OPS if op.startswith("linear_") and not op.endswith(("frozen", "kept ids"))]
+
+
+ROW_FIELDS = ("token_ids", "old_logprobs", "ref_logprobs", "advantages", "loss_mask")
+
+
+def _kept_ids(x):
+    """[N, 4] ids: the token and three others."""
+    others = torch.arange(1, 4, device="cuda")
+    return torch.cat([x["token_ids"][:, None], (x["token_ids"][:, None] + others) % V], 1)
+
+
+def _kept_mask(x):
+    mask = torch.zeros(len(x["token_ids"]), V, dtype=torch.bool, device="cuda")
+    return mask.scatter_(1, _kept_ids(x), True)
 
 
 def outputs_and_gradients(op: str, x: dict) -> list[torch.Tensor]:
@@ -108,6 +152,22 @@ def test_no_host_sync(op: str, dtype: torch.dtype) -> None:
     without_syncs(lambda: outputs_and_gradients(op, x))
 
 
+@pytest.mark.parametrize("op", [op for op in OPS if op.startswith("linear_") and "gspo" not in op])
+def test_no_recompilation_as_the_number_of_rows_changes(op: str, monkeypatch) -> None:
+    runtime = pytest.importorskip("triton").knobs.runtime
+    x = make_inputs()
+    compiled = []
+    monkeypatch.setattr(runtime, "jit_post_compile_hook", lambda **call: compiled.append(call))
+    outputs_and_gradients(op, x)
+    before = len(compiled)
+    for rows in (1, 16, 33, 128, 257):
+        part = {name: x[name][:rows].clone() for name in ROW_FIELDS if x[name] is not None}
+        part["cu_seqlens"] = torch.tensor([0, rows // 2, rows], device="cuda")
+        part["hidden"] = x["hidden"].detach()[:rows].clone().requires_grad_()
+        outputs_and_gradients(op, x | part)
+    assert len(compiled) == before
+
+
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_advantages_of_equal_groups_without_host_sync(scale: str) -> None:
     rewards = torch.rand(64, device="cuda")
@@ -119,7 +179,7 @@ def test_advantages_of_equal_groups_without_host_sync(scale: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("op", ["linear_logprobs", "linear_grpo_loss", "linear_grpo_loss-gspo"])
+@pytest.mark.parametrize("op", CHUNKED)
 def test_chunks_change_nothing(op: str, dtype: torch.dtype, monkeypatch) -> None:
     x = make_inputs(dtype)
     whole = outputs_and_gradients(op, x)
@@ -131,6 +191,31 @@ def test_chunks_change_nothing(op: str, dtype: torch.dtype, monkeypatch) -> None
     tolerance = max(1e-5, torch.finfo(dtype).eps)
     for got, expected in zip(chunked[-2:], whole[-2:], strict=True):
         assert (got - expected).float().norm() <= tolerance * expected.float().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [D, D + 3])
+def test_batch_invariance(width: int, dtype: torch.dtype, monkeypatch) -> None:
+    """A row alone, among others, behind a mask and in other chunks: the same bits."""
+    hidden = torch.randn(N, width, device="cuda").to(dtype)
+    weight = (torch.randn(V, width, device="cuda") * 3 / width**0.5).to(dtype)
+    token_ids = torch.randint(0, V, (N,), device="cuda")
+
+    def stats(rows=slice(None), **options):
+        options |= {"return_entropy": True, "return_lse": True, "batch_invariant": True}
+        return torch.stack(linear_logprobs(hidden[rows], weight, token_ids[rows], **options))
+
+    whole = stats()
+    for rows in (slice(0, 1), slice(7, 8), slice(3, 150), slice(N - 1, N)):
+        assert torch.equal(stats(rows), whole[:, rows])
+    order = torch.randperm(N, device="cuda")
+    assert torch.equal(stats(order), whole[:, order])
+    mask = torch.arange(N, device="cuda") % 3 != 1
+    for compact in (True, False):
+        masked = stats(row_mask=mask, compact_rows=compact)
+        assert torch.equal(masked, torch.where(mask, whole, 0.0))
+    monkeypatch.setattr(CHUNKS, "CUDA_WORKSPACE_BYTES", 1)
+    assert torch.equal(stats(), whole)
 
 
 @pytest.mark.parametrize("takes_half", [True, False])

@@ -3,125 +3,29 @@
 from __future__ import annotations
 
 import importlib
-from collections import Counter
 
 import pytest
 import torch
+from linear_grpo_cases import (
+    TOKEN_LEVEL,
+    TRITON_DTYPES,
+    VARIANTS,
+    check_against_reference,
+    make_batch,
+    profile_call,
+    run,
+)
 
 from grpo_engine.kernels import (
     grpo_loss,
-    grpo_loss_ref,
     linear_grpo_loss,
     linear_grpo_loss_ref,
     linear_logprobs,
-    linear_logprobs_ref,
-    token_logprobs_ref,
 )
 from grpo_engine.kernels.linear_grpo import _linear_grpo
 from grpo_engine.kernels.loss_options import make_loss_options
-from grpo_engine.kernels.testing import assert_accurate
 
 HEAD_MODULE = importlib.import_module("grpo_engine.kernels.head_chunks")
-
-VARIANTS = {
-    "grpo": {},
-    "paper": {"epsilon": 10.0, "beta": 0.04},
-    "dapo": {"loss_type": "dapo", "epsilon_high": 0.28, "delta": 3.0},
-    "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": 50},
-    "bnpo": {"loss_type": "bnpo", "beta": 0.1, "kl_estimator": "k2"},
-    "cispo": {"loss_type": "cispo", "is_correction": "token_truncate"},
-    "sapo": {"loss_type": "sapo", "beta": 0.1, "kl_bias_correction": True},
-    "entropy": {"entropy_coef": 0.05, "is_correction": "token_mask"},
-    "gspo": {"loss_type": "gspo", "epsilon": 3e-3, "entropy_coef": 0.01},
-    "sequence_mask": {"is_correction": "sequence_mask", "beta": 0.1},
-}
-TRITON_DTYPES = [
-    torch.float32,
-    torch.float16,
-    pytest.param(
-        torch.bfloat16,
-        marks=pytest.mark.skipif(
-            not torch.cuda.is_available(), reason="Triton's interpreter has no bfloat16"
-        ),
-    ),
-]
-TOKEN_LEVEL = [name for name in VARIANTS if name not in ("gspo", "sequence_mask")]
-
-
-def make_batch(num_tokens, vocab, width, device, dtype=torch.float32):
-    """A packed batch: the positional arguments and the per-token keyword arguments."""
-    generator = torch.Generator().manual_seed(num_tokens * 1000 + vocab)
-    hidden = torch.randn(num_tokens, width, generator=generator).to(dtype)
-    weight = (torch.randn(vocab, width, generator=generator) * 3 / width**0.5).to(dtype)
-    token_ids = torch.randint(0, vocab, (num_tokens,), generator=generator)
-    logprobs = linear_logprobs_ref(hidden, weight, token_ids)
-    near = lambda: logprobs + 0.3 * torch.randn(num_tokens, generator=generator)  # noqa: E731
-    old_logprobs, ref_logprobs, sampler_logprobs = near(), near(), near()
-    advantages = torch.randn(num_tokens, generator=generator)
-    fields = {
-        "cu_seqlens": torch.tensor([0, num_tokens // 3, num_tokens // 2, num_tokens]),
-        "loss_mask": torch.arange(num_tokens) % 5 != 2,
-        "ref_logprobs": ref_logprobs,
-        "sampler_logprobs": sampler_logprobs,
-    }
-    positional = (hidden, weight, token_ids, old_logprobs, advantages)
-    return (
-        [tensor.to(device) for tensor in positional],
-        {name: tensor.to(device) for name, tensor in fields.items()},
-    )
-
-
-def run(op, positional, fields, *, dtype=None, bias=None, **options):
-    """(loss, logprobs, metrics, gradients of hidden, weight[, bias]); fp64 if ``dtype`` is."""
-
-    def cast(tensor):
-        is_vector = tensor.dtype == torch.float32 and dtype == torch.float64
-        return tensor.double() if is_vector else tensor
-
-    hidden, weight, token_ids, old_logprobs, advantages = positional
-    leaves = [
-        tensor.detach().to(dtype or tensor.dtype).requires_grad_()
-        for tensor in (hidden, weight, bias)
-        if tensor is not None
-    ]
-    loss, metrics, logprobs = op(
-        leaves[0],
-        leaves[1],
-        token_ids,
-        None if old_logprobs is None else cast(old_logprobs),
-        cast(advantages),
-        bias=leaves[2] if bias is not None else None,
-        **{name: cast(value) for name, value in fields.items()},
-        **options,
-    )
-    assert not logprobs.requires_grad
-    return loss.detach(), logprobs, metrics.to_dict(), torch.autograd.grad(loss, leaves)
-
-
-def eager_linear_grpo(hidden, weight, token_ids, old_logprobs, advantages, **options):
-    """What a trainer writes without kernels: the head's GEMM at its dtype, the loss in fp32."""
-    logits = torch.nn.functional.linear(hidden, weight, options.pop("bias", None)).float()
-    logprobs, entropy = token_logprobs_ref(logits, token_ids, return_entropy=True)
-    if not options.get("entropy_coef"):
-        entropy = None
-    loss, metrics = grpo_loss_ref(logprobs, old_logprobs, advantages, entropy=entropy, **options)
-    return loss, metrics, logprobs.detach()
-
-
-def check_against_reference(shape, dtype, device, **options) -> None:
-    positional, fields = make_batch(*shape, device, dtype)
-    loss, logprobs, metrics, grads = run(linear_grpo_loss, positional, fields, **options)
-    truth = run(linear_grpo_loss_ref, positional, fields, dtype=torch.float64, **options)
-    eager = run(eager_linear_grpo, positional, fields, **options)
-    torch.testing.assert_close(loss.double(), truth[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(logprobs.double(), truth[1], rtol=0, atol=1e-5)
-    assert metrics == pytest.approx(truth[2], rel=1e-5, abs=1e-5)
-    for name, ours, plain, true in zip(
-        ("hidden", "weight"), grads, eager[3], truth[3], strict=True
-    ):
-        assert ours.dtype == dtype
-        floor = 1e-5 if dtype == torch.float32 else 1e-6
-        assert_accurate(name, ours, plain, true, dtype=dtype, floor=floor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -135,6 +39,42 @@ def test_against_reference(variant, dtype, device) -> None:
 @pytest.mark.parametrize("variant", ["paper", "entropy", "gspo"])
 def test_against_reference_triton(variant, dtype, device) -> None:
     check_against_reference((13, 257, 16), dtype, device, **VARIANTS[variant])
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("compact", [True, False, None])
+@pytest.mark.parametrize("way", ["prior", "no prior", "batch_invariant", "entropy", "sparse"])
+def test_rows_without_a_gradient_beside_masked_rows(way, compact, device) -> None:
+    """Advantages of 0 and clipped tokens inside a compacted pass, whose buffers hold NaN at first:
+    such a row must add nothing, whatever stood in its place before."""
+    hidden, weight = torch.randn(24, 16, device=device), torch.randn(67, 16, device=device)
+    token_ids = torch.randint(0, 67, (24,), device=device)
+    advantages = torch.randn(24, device=device)
+    advantages[::3] = 0.0
+    old = None
+    if way != "no prior":  # half of the rest are clipped
+        old = linear_logprobs(hidden, weight, token_ids)
+        old = old - 2.0 * advantages.sign() * (torch.arange(24, device=device) % 2)
+    row_mask = torch.arange(24, device=device) % 5 != 2
+    options = {
+        "batch_invariant": {"batch_invariant": True},
+        "entropy": {"entropy_coef": 0.01, "loss_type": "dapo"},
+        "sparse": {"sparse_delta": 0.3, "sparse_max_entries": 16},
+    }.get(way, {})
+
+    def gradients(op, **keywords):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        loss = op(*leaves, token_ids, old, advantages, row_mask=row_mask, **keywords)[0]
+        return torch.autograd.grad(loss, leaves)
+
+    ours = gradients(linear_grpo_loss, compact_rows=compact, **options)
+    if way == "sparse":  # not exact: held against the pass that is not compacted
+        expected = gradients(linear_grpo_loss, compact_rows=False, **options)
+    else:
+        options.pop("batch_invariant", None)
+        expected = gradients(linear_grpo_loss_ref, **options)
+    for mine, right in zip(ours, expected, strict=True):
+        assert (mine - right).norm() <= 1e-5 * right.norm()
 
 
 def test_large_vocabulary(device) -> None:
@@ -291,16 +231,6 @@ def test_incoming_gradient_triton(dtype, device) -> None:
     check_incoming_gradient(dtype, device)
 
 
-def profile_call(call) -> tuple[int, int]:
-    """(bytes of the largest single allocation, number of matrix products) inside ``call``."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        call()
-    events = profile.events()
-    counts = Counter(event.name for event in events)
-    largest = max(event.self_cpu_memory_usage for event in events)
-    return largest, counts["aten::mm"] + counts["aten::addmm"] + counts["aten::addmm_"]
-
-
 def test_number_of_matrix_products() -> None:
     """Three with a trainable head, all in the forward; two with a frozen one; one without grad."""
     positional, fields = make_batch(50, 301, 16, "cpu")
@@ -321,10 +251,10 @@ def test_number_of_matrix_products() -> None:
 
 @pytest.mark.parametrize("variant", ["entropy", "gspo"])
 def test_logits_are_never_whole(variant) -> None:
-    positional, fields = make_batch(2000, 4001, 16, "cpu")
+    positional, fields = make_batch(3000, 4001, 16, "cpu")
     for leaf in positional[:2]:
         leaf.requires_grad_()
-    full = 4 * 2000 * 4001
+    full = 4 * 3000 * 4001
 
     def step(op):
         op(*positional, **fields, **VARIANTS[variant])[0].backward()
@@ -352,7 +282,11 @@ def test_no_gradient_buffers_without_grad() -> None:
         ({"row_mask": torch.ones(12)}, ValueError, "row_mask must be one of bool"),
         ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "cu_seqlens must rise from 0"),
         ({"temperature": 0}, ValueError, "temperature must be finite and > 0, got 0"),
-        ({"tp_group": object()}, ValueError, "tp_group is not supported yet"),
+        (
+            {"tp_group": object()},
+            ValueError,
+            "tp_group must be a torch.distributed.ProcessGroup or None, got object",
+        ),
         ({"cliprange": 0.2}, TypeError, "cliprange"),
     ],
 )
@@ -391,6 +325,8 @@ def test_opcheck() -> None:
         20.0,
         0.8,
         True,
+        False,
+        False,
         *loss_options,
         [True, True, True],
     )

@@ -3,105 +3,24 @@
 from __future__ import annotations
 
 import importlib
-from collections import Counter
+import math
 
 import pytest
 import torch
+from head_cases import (
+    DTYPES,
+    TRITON_DTYPES,
+    all_options,
+    check_three_ways,
+    make_head,
+    profile_call,
+    run,
+)
 
-from grpo_engine.kernels import linear_logprobs, linear_logprobs_ref, token_logprobs_ref
+from grpo_engine.kernels import linear_logprobs, linear_logprobs_ref
 from grpo_engine.kernels.linear_logprobs import _linear_logprobs, _linear_logprobs_backward
-from grpo_engine.kernels.testing import assert_accurate
 
 MODULE = importlib.import_module("grpo_engine.kernels.head_chunks")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TRITON_DTYPES = [
-    torch.float32,
-    torch.float16,
-    pytest.param(
-        torch.bfloat16,
-        marks=pytest.mark.skipif(
-            not torch.cuda.is_available(), reason="Triton's interpreter has no bfloat16"
-        ),
-    ),
-]
-
-
-def make_head(num_rows, vocab, width, device, spread=3.0):
-    """hidden [N, D], weight [V, D], bias [V] and token_ids [N]; logits of standard deviation
-    ``spread``."""
-    generator = torch.Generator().manual_seed(num_rows * 1000 + vocab)
-    hidden = torch.randn(num_rows, width, generator=generator)
-    weight = torch.randn(vocab, width, generator=generator) * spread / width**0.5
-    bias = torch.randn(vocab, generator=generator)
-    token_ids = torch.randint(0, vocab, (num_rows,), generator=generator)
-    token_ids[:1] = vocab - 1
-    return [tensor.to(device) for tensor in (hidden, weight, bias, token_ids)]
-
-
-def all_options(num_rows, device):
-    """Every option of the head at once, a third of the rows masked."""
-    return {
-        "temperature": torch.linspace(0.6, 1.5, num_rows, device=device),
-        "logit_softcap": 20.0,
-        "logit_scale": 0.8,
-        "row_mask": torch.arange(num_rows, device=device) % 3 != 1,
-    }
-
-
-def eager_linear_logprobs(hidden, weight, token_ids, *, bias=None, row_mask=None, **options):
-    """What a trainer writes without kernels: the head's GEMM at its dtype, then fp32."""
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()
-    logits = logits * (options.pop("logit_scale", None) or 1.0)
-    cap = options.pop("logit_softcap", None)
-    if cap is not None:
-        logits = cap * torch.tanh(logits / cap)
-    outputs = token_logprobs_ref(logits, token_ids, **options)
-    if row_mask is not None:
-        outputs = tuple(torch.where(row_mask, output, 0.0) for output in outputs)
-    return outputs
-
-
-def run(op, hidden, weight, token_ids, bias=None, *, dtype=None, **options):
-    """Outputs (logprobs, entropy, lse) and gradients (hidden, weight[, bias])."""
-    leaves = [
-        None if tensor is None else tensor.detach().to(dtype or tensor.dtype).requires_grad_()
-        for tensor in (hidden, weight, bias)
-    ]
-    outputs = op(
-        leaves[0],
-        leaves[1],
-        token_ids,
-        bias=leaves[2],
-        return_entropy=True,
-        return_lse=True,
-        **options,
-    )
-    generator = torch.Generator().manual_seed(1)
-    loss = 0.0
-    for output, factor in zip(outputs, (1.0, 0.3, 0.2), strict=True):
-        loss = (
-            loss
-            + factor * (torch.randn(len(output), generator=generator).to(output) * output).sum()
-        )
-    leaves = [leaf for leaf in leaves if leaf is not None]
-    return [output.detach() for output in outputs], torch.autograd.grad(loss, leaves)
-
-
-def check_three_ways(hidden, weight, bias, token_ids, dtype, **options):
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    inputs = (hidden, weight, token_ids, bias)
-    outputs, grads = run(linear_logprobs, *inputs, **options)
-    true_outputs, true_grads = run(linear_logprobs_ref, *inputs, dtype=torch.float64, **options)
-    _, eager_grads = run(eager_linear_logprobs, *inputs, **options)
-    for output, truth, tolerance in zip(outputs, true_outputs, (1e-5, 1e-4, 1e-5), strict=True):
-        assert output.dtype == torch.float32
-        torch.testing.assert_close(output.double(), truth, rtol=0, atol=tolerance)
-    names = ("hidden", "weight", "bias")
-    for name, ours, eager, truth in zip(names, grads, eager_grads, true_grads, strict=False):
-        assert ours.dtype == dtype
-        floor = 1e-5 if dtype == torch.float32 else 1e-6
-        assert_accurate(name, ours, eager, truth, dtype=dtype, floor=floor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -240,16 +159,6 @@ def test_chunks_change_nothing(monkeypatch) -> None:
         assert (ours - expected).norm() <= 1e-6 * expected.norm()
 
 
-def profile_call(call) -> tuple[int, int]:
-    """(bytes of the largest single allocation, number of matrix products) inside ``call``."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        call()
-    events = profile.events()
-    counts = Counter(event.name for event in events)
-    largest = max(event.self_cpu_memory_usage for event in events)
-    return largest, counts["aten::mm"] + counts["aten::addmm"] + counts["aten::addmm_"]
-
-
 def forward_backward(op, hidden, weight, token_ids, **options):
     outputs = op(hidden, weight, token_ids, return_entropy=True, return_lse=True, **options)
     sum(output.sum() for output in outputs).backward()
@@ -257,9 +166,9 @@ def forward_backward(op, hidden, weight, token_ids, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_are_never_whole(dtype) -> None:
-    hidden, weight, _, token_ids = make_head(2000, 4001, 16, "cpu")
+    hidden, weight, _, token_ids = make_head(3000, 4001, 16, "cpu")
     inputs = (hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), token_ids)
-    full = 4 * 2000 * 4001
+    full = 4 * 3000 * 4001
     largest, _ = profile_call(lambda: forward_backward(linear_logprobs_ref, *inputs))
     assert largest >= full, "the probe sees a materialised [N, V]"
     largest, _ = profile_call(lambda: forward_backward(linear_logprobs, *inputs))
@@ -269,23 +178,17 @@ def test_logits_are_never_whole(dtype) -> None:
 def test_number_of_matrix_products() -> None:
     """One in forward; logits again, d hidden and d weight in backward; no d weight if frozen."""
     hidden, weight, _, token_ids = make_head(50, 301, 16, "cpu")
-    hidden.requires_grad_()
     assert profile_call(lambda: linear_logprobs(hidden, weight, token_ids))[1] == 1
-    assert (
-        profile_call(lambda: forward_backward(linear_logprobs, hidden, weight, token_ids))[1] == 3
-    )
-    assert weight.grad is None
-    weight.requires_grad_()
-    assert (
-        profile_call(lambda: forward_backward(linear_logprobs, hidden, weight, token_ids))[1] == 4
-    )
-    frozen = hidden.detach()
-    assert (
-        profile_call(lambda: forward_backward(linear_logprobs, frozen, weight, token_ids))[1] == 3
-    )
-    dead = torch.zeros(50, dtype=torch.bool)
-    call = lambda: forward_backward(linear_logprobs, hidden, weight, token_ids, row_mask=dead)  # noqa: E731
-    assert profile_call(call)[1] == 0
+
+    def products(hidden, weight, **options):
+        inputs = (hidden, weight, token_ids)
+        return profile_call(lambda: forward_backward(linear_logprobs, *inputs, **options))[1]
+
+    with_grad = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+    assert products(*with_grad) == 4
+    assert products(with_grad[0], weight) == 3 and weight.grad is None
+    assert products(hidden, with_grad[1]) == 3
+    assert products(*with_grad, row_mask=torch.zeros(50, dtype=torch.bool)) == 0
 
 
 def test_reference_gradients() -> None:
@@ -321,10 +224,17 @@ def bad(**changes):
         (bad(hidden=torch.zeros(3, 4).long()), "hidden must be float32"),
         (bad(bias=torch.zeros(4)), r"bias must have shape \[5\], got \[4\]"),
         (bad(row_mask=torch.ones(3)), "row_mask must be one of bool, got torch.float32"),
-        (bad(logit_softcap=0.0), "logit_softcap must be a number > 0 or None, got 0.0"),
-        (bad(logit_scale=-1.0), "logit_scale must be a number > 0 or None, got -1.0"),
+        (bad(logit_softcap=0.0), "logit_softcap must be a finite number > 0 or None, got 0.0"),
+        (bad(logit_softcap=math.inf), "logit_softcap must be a finite number > 0 or None, got inf"),
+        (bad(logit_scale=-1.0), "logit_scale must be a finite number > 0 or None, got -1.0"),
         (bad(temperature=0.0), "temperature must be finite and > 0, got 0.0"),
-        (bad(tp_group=object()), "tp_group is not supported yet"),
+        (
+            bad(tp_group=object()),
+            "tp_group must be a torch.distributed.ProcessGroup or None, got object",
+        ),
+        (bad(compact_rows=1), "compact_rows must be True, False or None, got 1"),
+        (bad(keep_probs=None), "keep_probs must be True or False, got None"),
+        (bad(batch_invariant="yes"), "batch_invariant must be True or False, got 'yes'"),
     ],
 )
 def test_bad_input(call, message) -> None:
@@ -343,12 +253,13 @@ def test_opcheck(options) -> None:
         bias = None
     leaves = [t if t is None else t.requires_grad_() for t in (hidden, weight, bias)]
     tensors = (*leaves, token_ids, per_row, mask)
-    torch.library.opcheck(_linear_logprobs, (*tensors, 0.9, cap, 0.8, True))
+    scalars = (0.9, cap, 0.8, False)
+    torch.library.opcheck(_linear_logprobs, (*tensors, *scalars, False, True))
     with torch.no_grad():
-        stats = list(_linear_logprobs(*tensors, 0.9, cap, 0.8, True))
+        stats = list(_linear_logprobs(*tensors, *scalars, False, True))
         detached = [t if t is None else t.detach() for t in tensors]
         needs = [True, False, bias is not None]
-        arguments = (*torch.randn(3, 4).unbind(), *detached, stats, 0.9, cap, 0.8, needs)
+        arguments = (*torch.randn(3, 4).unbind(), *detached, stats, *scalars, needs)
         torch.library.opcheck(_linear_logprobs_backward, arguments)
 
 

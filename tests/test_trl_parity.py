@@ -26,7 +26,7 @@ pytest.importorskip("trl", minversion="1.16.0")
 pytestmark = pytest.mark.skipif(interpreting(), reason="compares the portable path")
 
 LENGTHS, WIDTH = (7, 3, 12, 0, 1, 9), 12  # completion tokens; one row is all padding
-NOT_OURS = {"vespo"}  # in TRL, not in grpo_loss
+VESPO = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,7 @@ def trl_config(**changed) -> SimpleNamespace:
         *("top_entropy_quantile", "off_policy_mask_threshold", "entropy_coef"),
         *("vllm_importance_sampling_mode", "vllm_importance_sampling_clip_min"),
         "vllm_importance_sampling_clip_max",
+        *VESPO,
     ]
     defaults = {name: GRPOConfig.__dataclass_fields__[name].default for name in names}
     unknown = set(changed) - set(defaults)
@@ -102,6 +103,7 @@ def trl_loss(trainer_class, inputs: dict, config: SimpleNamespace, use_sampler: 
         off_policy_mask_threshold=config.off_policy_mask_threshold,
         max_completion_length=WIDTH,
         current_gradient_accumulation_steps=config.steps_per_generation,
+        get_gamma_weights=trainer_class.get_gamma_weights,
         entropy_coef=config.entropy_coef,
         _entropy_bonus_enabled=config.entropy_coef != 0,
         use_adaptive_entropy=False,
@@ -162,7 +164,6 @@ def ours(inputs: dict, config: SimpleNamespace, use_sampler: bool):
         return None if inputs[name] is None else inputs[name].detach()[row, column]
 
     logprobs, entropy = packed("logps").requires_grad_(), packed("entropies").requires_grad_()
-    is_cispo_or_clip = config.loss_type != "sapo"
     loss, metrics = grpo_loss(
         logprobs,
         packed("old_per_token_logps"),
@@ -175,7 +176,7 @@ def ours(inputs: dict, config: SimpleNamespace, use_sampler: bool):
         loss_type=config.loss_type,
         importance_level=config.importance_sampling_level,
         epsilon=config.epsilon,
-        epsilon_high=config.epsilon_high if is_cispo_or_clip else None,
+        epsilon_high=config.epsilon_high,
         delta=config.delta,
         beta=config.beta,
         kl_bias_correction=config.use_bias_correction_kl,
@@ -188,6 +189,7 @@ def ours(inputs: dict, config: SimpleNamespace, use_sampler: bool):
         max_completion_length=WIDTH,
         sapo_temperature_pos=config.sapo_temperature_pos,
         sapo_temperature_neg=config.sapo_temperature_neg,
+        **{name: getattr(config, name) for name in VESPO},
     )
     return loss, metrics, logprobs, entropy, (row, column)
 
@@ -224,7 +226,7 @@ SHARED_LOSSES = sorted(set(LOSS_TYPES) - {"gspo"})  # TRL spells gspo by importa
 
 
 def test_every_loss_type_of_trl_is_accounted_for(trainer_class):
-    """A variant that TRL adds fails here until it is implemented or listed under NOT_OURS."""
+    """A variant that TRL adds fails here until it is implemented."""
     known = set()
     for node in ast.walk(
         ast.parse(textwrap.dedent(inspect.getsource(trainer_class._compute_loss)))
@@ -233,11 +235,19 @@ def test_every_loss_type_of_trl_is_accounted_for(trainer_class):
             for comparator in node.comparators:
                 values = ast.literal_eval(comparator)
                 known |= {values} if isinstance(values, str) else set(values)
-    assert known == set(SHARED_LOSSES) | NOT_OURS
+    assert known == set(SHARED_LOSSES)
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", SHARED_LOSSES)
+# vespo takes no importance level of its own (TRL warns, grpo_loss refuses)
+LEVELS = [
+    (loss_type, level)
+    for loss_type in SHARED_LOSSES
+    for level in ("token", "sequence")
+    if (loss_type, level) != ("vespo", "sequence")
+]
+
+
+@pytest.mark.parametrize(("loss_type", "level"), LEVELS)
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 def test_loss_types(trainer_class, loss_type: str, level: str, beta: float):
     high = 1.05 if loss_type == "cispo" else 0.06
@@ -318,6 +328,57 @@ def test_sampler_correction(trainer_class, loss_type: str, mode: str, bounds):
         vllm_importance_sampling_clip_max=bounds[1],
     )
     compare(trainer_class, config, use_sampler=True)
+
+
+VESPO_CASES = {
+    "defaults": {},
+    "asymmetric": dict(zip(VESPO, (0.5, 0.2, 1.5, 4.0), strict=True)),
+    "no power": {"vespo_k_pos": 0.0, "vespo_k_neg": 0.0},
+    "kl": {"beta": 0.3},
+    "kl-corrected": {"beta": 0.3, "use_bias_correction_kl": True},
+    "entropy": {"entropy_coef": 0.02},
+}
+
+
+@pytest.mark.parametrize("bounds", [(None, 3.0), (0.9, 1.1), (0.95, None)])
+@pytest.mark.parametrize("mode", [None, "token_truncate", "token_mask"])
+@pytest.mark.parametrize("case", VESPO_CASES)
+def test_vespo(trainer_class, case: str, mode: str | None, bounds):
+    config = trl_config(
+        loss_type="vespo",
+        vllm_importance_sampling_mode=mode,
+        vllm_importance_sampling_clip_min=bounds[0],
+        vllm_importance_sampling_clip_max=bounds[1],
+        **VESPO_CASES[case],
+    )
+    compare(trainer_class, config, use_sampler=mode is not None)
+
+
+@pytest.mark.parametrize("sign", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize("spread", [0.0, 0.01, 0.5, 3.0, 40.0])
+def test_vespo_weight(trainer_class, spread: float, sign: float):
+    """phi itself, from ratios of one to beyond every clamp, for each sign of the advantage."""
+    inputs = padded_inputs()
+    noise = spread * torch.randn(inputs["logps"].shape, generator=torch.Generator().manual_seed(1))
+    inputs["old_per_token_logps"] = inputs["logps"].detach() - noise
+    inputs["advantages"] = sign * inputs["advantages"].abs()
+    mask, config = inputs["completion_mask"], trl_config(loss_type="vespo")
+    phi = trainer_class.get_gamma_weights(
+        inputs["advantages"][:, None], noise, mask, None, *(getattr(config, n) for n in VESPO)
+    )
+    if spread in (0.5, 3.0):
+        assert phi.min() < 0.5 < phi.max()
+    metrics = ours(inputs, config, use_sampler=False)[1]
+    expected = ((phi * mask).sum() / mask.sum()).item()
+    assert metrics.to_dict()["phi_mean"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_vespo_refuses_the_corrections_that_trl_refuses(trainer_class):
+    source = inspect.getsource(trainer_class.__init__)
+    assert 'self.vllm_importance_sampling_mode not in ["token_truncate", "token_mask"]' in source
+    config = trl_config(loss_type="vespo", vllm_importance_sampling_mode="sequence_mask")
+    with pytest.raises(ValueError, match="is_correction='sequence_mask'.*vespo"):
+        ours(padded_inputs(), config, use_sampler=True)
 
 
 def test_sampler_correction_with_sequence_ratios(trainer_class):
