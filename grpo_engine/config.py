@@ -68,6 +68,12 @@ class GRPOConfig(BaseModel):
         None, description="one weight a reward function; default 1 each (the paper's plain sum)"
     )
 
+    batched_reward_funcs: list[str] = Field(
+        [],
+        description="those of reward_funcs (TRL signature) that compare completions with each "
+        "other: one call for a whole rollout, within reward_timeout",
+    )
+
     # --- rollout --------------------------------------------------------------------------------
     prompts_per_generation: int = Field(
         512, ge=1, description="prompts sampled per rollout (paper: 512)"
@@ -119,7 +125,9 @@ class GRPOConfig(BaseModel):
     )
 
     # --- loss (see grpo_engine.kernels.grpo_loss) ------------------------------------------------
-    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "luspo", "cispo", "sapo", "gspo"] = "grpo"
+    loss_type: Literal[
+        "grpo", "dr_grpo", "dapo", "bnpo", "luspo", "cispo", "sapo", "vespo", "gspo"
+    ] = "grpo"
     importance_sampling_level: Literal["token", "sequence"] = "token"
     epsilon: float = Field(0.2, gt=0)
     epsilon_high: float | None = Field(None, gt=0)
@@ -128,6 +136,16 @@ class GRPOConfig(BaseModel):
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     use_bias_correction_kl: bool = False
     entropy_coef: float = 0.0
+    sapo_temperature_pos: float = Field(1.0, gt=0, description="loss sapo, advantage > 0")
+    sapo_temperature_neg: float = Field(1.05, gt=0, description="loss sapo, advantage <= 0")
+    vespo_k_pos: float = Field(
+        2.0, ge=0, description="loss vespo, advantage >= 0: damps sequence ratios below 1"
+    )
+    vespo_lambda_pos: float = Field(
+        3.0, ge=1e-4, description="loss vespo, advantage >= 0: damps sequence ratios above 1"
+    )
+    vespo_k_neg: float = Field(3.0, ge=0, description="loss vespo, advantage < 0")
+    vespo_lambda_neg: float = Field(2.0, ge=1e-4, description="loss vespo, advantage < 0")
     scale_rewards: Literal["group", "batch", "none"] = "group"
     old_logprobs: Literal["recompute", "sampler"] = Field(
         "recompute",
@@ -246,6 +264,12 @@ class GRPOConfig(BaseModel):
                 f"reward_weights={weights}: {len(weights)} weights for "
                 f"{len(self.reward_funcs)} reward_funcs"
             )
+        for name in self.batched_reward_funcs:
+            if name not in self.reward_funcs:
+                yield (
+                    f"batched_reward_funcs={self.batched_reward_funcs}: {name!r} is not among "
+                    f"reward_funcs {self.reward_funcs}"
+                )
         if every and self.beta and every % self.updates_per_rollout:
             yield (
                 f"ref_model_sync_steps={every}: must be a multiple of the "
@@ -286,6 +310,12 @@ class GRPOConfig(BaseModel):
             "is_correction": self.is_correction,
             "is_clip": self.is_clip,
             "entropy_coef": self.entropy_coef,
+            "sapo_temperature_pos": self.sapo_temperature_pos,
+            "sapo_temperature_neg": self.sapo_temperature_neg,
+            "vespo_k_pos": self.vespo_k_pos,
+            "vespo_lambda_pos": self.vespo_lambda_pos,
+            "vespo_k_neg": self.vespo_k_neg,
+            "vespo_lambda_neg": self.vespo_lambda_neg,
         }
 
     @property

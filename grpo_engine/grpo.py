@@ -93,7 +93,8 @@ class GRPORun:
             str, float
         ] = {}  # rollout-level metrics, written with its first step
         self.skipped_in_a_row = 0
-        self.sampling_seconds = 0.0  # of the current rollout, per update
+        # Of the current rollout, per update; None where a checkpoint does not know.
+        self.sampling_seconds: float | None = 0.0
         synchronize = torch.cuda.synchronize if policy.device.type == "cuda" else None
         self.watch = Stopwatch(synchronize)
 
@@ -264,7 +265,8 @@ class GRPORun:
         lengths = arrays.lengths[mini_batch]
         update = times["time/update"]
         times["update_tokens_per_second"] = int(lengths[arrays.live[mini_batch]].sum()) / update
-        times["tokens_per_second"] = int(lengths.sum()) / (update + self.sampling_seconds)
+        if self.sampling_seconds is not None:
+            times["tokens_per_second"] = int(lengths.sum()) / (update + self.sampling_seconds)
         return times
 
     def _gradients(
@@ -364,7 +366,7 @@ class GRPORun:
             save_file(reference, trainer / "reference.safetensors")
         if self.arrays is not None:
             save_file(self.arrays.to_tensors(), trainer / "rollout.safetensors")
-        state = {name: getattr(self, name) for name in COUNTERS}
+        state = {name: getattr(self, name) for name in (*COUNTERS, "sampling_seconds")}
         (trainer / "state.json").write_text(json.dumps(state, indent=1))
 
     def read_checkpoint(self, folder: Path) -> None:
@@ -374,6 +376,8 @@ class GRPORun:
         state = json.loads((trainer / "state.json").read_text())
         for name in COUNTERS:
             setattr(self, name, state[name])
+        # Without it the rest of a rollout would look as if sampled in no time.
+        self.sampling_seconds = state.get("sampling_seconds")
         if self.policy.adapter is not None:
             self.policy.load_weights(read_adapter(folder / ADAPTER_FOLDER))
         self._load_optimizer(load_file(trainer / "optimizer.safetensors"))
@@ -415,5 +419,6 @@ def loss_rows(metrics: LossMetrics) -> dict[str, float]:
         "clip_region": "clip_ratio/region_mean",
         "sampling_logp_difference": "sampling/logp_difference_mean",
         "is_weight_mean": "sampling/importance_sampling_ratio_mean",
+        "phi_mean": "vespo/phi_mean",  # over tokens; TRL's phi_seq_mean is over sequences
     }
     return {ours: values[theirs] for theirs, ours in names.items() if theirs in values}

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from grpo_engine.kernels import make_loss_options
 from grpo_engine.lora import LoraOptions
 from grpo_engine.manifest import rows_sha256, weights_sha256
 from grpo_engine.policy import Policy
-from grpo_engine.rewards import RewardPool, RewardSpec, unusable_solutions
+from grpo_engine.rewards import BUILT_IN, RewardPool, RewardSpec, unusable_solutions
+from grpo_engine.rewards.sandbox import find_sandbox
+from grpo_engine.rewards.sandbox_run import SandboxError
 from grpo_engine.rollouts import Prompt
 from grpo_engine.templates import render_prompt
 from grpo_engine.types import UserError
@@ -218,10 +221,26 @@ def think_tag_is_open(prompts: list[Prompt]) -> bool:
     return opened[0]
 
 
-def reward_spec(function: str, weight: float, think_is_open: bool) -> RewardSpec:
+def reward_spec(
+    function: str, weight: float, think_is_open: bool, batched: bool = False
+) -> RewardSpec:
+    spec = RewardSpec.named(function, weight)
     if think_is_open and function in ("accuracy", "format", "reasoning_gym"):
-        return RewardSpec.named(function, weight, thinking_prefilled=True)
-    return RewardSpec.named(function, weight)
+        spec = RewardSpec.named(function, weight, thinking_prefilled=True)
+    return replace(spec, batched=batched)
+
+
+def sandbox_tier(specs: list[RewardSpec]) -> str | None:
+    """The sandbox that programs will run in, None where no reward runs any. UserError where there
+    is none: every score would fail."""
+    if not any(spec.function in ("code", BUILT_IN["code"]) for spec in specs):
+        return None
+    try:
+        tier = find_sandbox().tier
+    except SandboxError as error:
+        raise UserError(f"reward 'code': {error}") from error
+    say(f"reward 'code' runs programs in the sandbox tier {tier!r}")
+    return tier
 
 
 def reward_pool(config: GRPOConfig, specs: list[RewardSpec], workers: int) -> RewardPool:
@@ -306,7 +325,7 @@ def build_run(
     prompts = load_prompts(config, policy.tokenizer, rows)
     opened = think_tag_is_open(prompts)
     specs = [
-        reward_spec(function, weight, opened)
+        reward_spec(function, weight, opened, function in config.batched_reward_funcs)
         for function, weight in zip(config.reward_funcs, config.weights, strict=True)
     ]
     pool = stack.enter_context(reward_pool(config, specs, config.reward_workers))
@@ -321,6 +340,8 @@ def build_run(
         check_rewards(judge, eval_rows)
         eval_prompts = load_prompts(config, policy.tokenizer, eval_rows)
         held_out = HeldOut(config, eval_prompts, judge, spec.name)
+        specs = [*specs, spec]
+    tier = sandbox_tier(specs)
     generator = HFGenerator(
         policy,
         max_batch_size=config.generation_batch_size,
@@ -336,6 +357,8 @@ def build_run(
     base = policy if checkpoint is None or policy.adapter is not None else reference
     if base is not None:
         inputs["model"] = {"path": config.model, "weights_sha256": weights_sha256(base.model)}
+    if tier is not None:
+        inputs["sandbox"] = {"tier": tier}
     run = GRPORun(config, policy, reference, generator, pool, prompts)
     if checkpoint is not None:
         run.read_checkpoint(checkpoint)

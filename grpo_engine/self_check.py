@@ -29,6 +29,7 @@ LOSS_CASES: tuple[dict[str, Any], ...] = (
     {"loss_type": "dr_grpo", "max_completion_length": 32, "kl_estimator": "k2", "beta": 0.1},
     {"loss_type": "cispo", "epsilon_high": 5.0},
     {"loss_type": "gspo", "epsilon": 3e-4, "epsilon_high": 4e-4},
+    {"loss_type": "vespo"},
     {"delta": 1.5},
 )
 

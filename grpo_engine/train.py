@@ -185,7 +185,10 @@ def train_grpo(
             values = manifest_values(config, recipe, inputs)
         else:
             values = check_same_inputs(folder, inputs)
-            values["resumed"] = [*values.get("resumed", []), {"at": now(), "from": checkpoint.name}]
+            resumed = {"at": now(), "from": checkpoint.name}
+            if "sandbox" in inputs:  # found out anew: it may be another machine
+                resumed["sandbox"] = inputs["sandbox"]
+            values["resumed"] = [*values.get("resumed", []), resumed]
         if dry_run:
             print(plan_text(run, held_out))
             return 0

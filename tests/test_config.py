@@ -13,6 +13,7 @@ from grpo_engine.config import (
     load_recipe,
     recipe_names,
 )
+from grpo_engine.kernels import make_loss_options
 from grpo_engine.types import UserError
 
 
@@ -28,6 +29,17 @@ def test_the_paper_preset_has_the_papers_numbers():
     assert (config.learning_rate, config.beta, config.temperature) == (3e-6, 0.001, 1.0)
     assert config.ref_model_sync_steps == 400 and config.max_steps == 10_400
     assert config.completion_cap(8199) == 32_768 and config.completion_cap(8200) == 65_536
+
+
+@pytest.mark.parametrize("prefix", ["vespo_", "sapo_"])
+def test_the_parameters_of_a_loss_reach_it_under_trls_names(prefix):
+    config = pytest.importorskip("trl").GRPOConfig
+    names = [name for name in config.__dataclass_fields__ if name.startswith(prefix)]
+    assert names
+    for name in names:
+        assert GRPOConfig.model_fields[name].default == config.__dataclass_fields__[name].default
+        assert build_config({name: 0.7}).loss_options()[name] == 0.7
+        make_loss_options(**build_config({name: 0.7, "loss_type": prefix[:-1]}).loss_options())
 
 
 def test_saved_config_reads_back_the_same(tmp_path):
@@ -67,6 +79,8 @@ def test_flags():
         ({"temperature": 0}, ["temperature", "0"]),
         ({"temperature": "hot"}, ["temperature", "hot"]),
         ({"loss_type": "ppo"}, ["loss_type", "ppo", "grpo"]),
+        ({"vespo_k_pos": -1}, ["vespo_k_pos", "-1"]),
+        ({"vespo_lambda_neg": 0}, ["vespo_lambda_neg", "0"]),
         ({"max_step": 5}, ["max_step", "5", "max_steps"]),
         ({"steps_per_generation": 7}, ["steps_per_generation", "7", "8192"]),
         ({"reward_weights": [1.0]}, ["reward_weights", "1.0", "2 reward_funcs"]),

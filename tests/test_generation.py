@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    GenerationConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -18,7 +19,7 @@ from transformers import (
 
 from grpo_engine.generation import Generator, HFGenerator
 from grpo_engine.generation import hf as hf_module
-from grpo_engine.generation.hf import draw, truncated_logprobs
+from grpo_engine.generation.hf import draw, ranked_logprobs, sampling_config
 from grpo_engine.generation.prefix import SharedPrefix
 from grpo_engine.kernels.attention import dense_attention
 from grpo_engine.policy import Policy
@@ -41,6 +42,9 @@ CONFIGS = {
     "qwen2": lambda: Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "llama": lambda: LlamaConfig(**SHAPE),
     "mistral-window": lambda: MistralConfig(**SHAPE, sliding_window=6),
+    "qwen2-hybrid": lambda: Qwen2Config(  # the first layer sees everything, the second a window
+        **SHAPE, use_sliding_window=True, sliding_window=5, max_window_layers=1
+    ),
     "gemma2": lambda: Gemma2Config(
         **SHAPE,
         head_dim=8,
@@ -100,6 +104,31 @@ def test_cold_sampling_is_greedy_generate(name, count):
             pad_token_id=EOS,
         )[0, len(request.prompt_ids) :].tolist()
         assert generation.completion_ids == want
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "gemma2", "qwen2-hybrid", "qwen2"])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_ragged_batch_is_the_padded_batch_of_generate(name, copies):
+    """Left padding within and beyond the window; groups of one and of three."""
+    prompts = [p for p in (*PROMPTS[:3], PROMPTS[4]) for _ in range(copies)]
+    generator = HFGenerator(Policy(make_model(name)))
+    requests = [GenerationRequest(p, i) for i, p in enumerate(prompts)]
+    got = generator.generate(requests, SamplingParams(20, temperature=1e-4))
+    width = max(len(p) for p in prompts)
+    rows = (
+        make_model(name)
+        .generate(
+            torch.tensor([[0] * (width - len(p)) + p for p in prompts]),
+            attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
+            max_new_tokens=20,
+            do_sample=False,
+            pad_token_id=EOS,
+        )[:, width:]
+        .tolist()
+    )
+    for row, generation in zip(rows, got, strict=True):
+        assert generation.completion_ids == row[: len(generation.completion_ids)]
+        assert set(row[len(generation.completion_ids) :]) <= {EOS}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -236,13 +265,23 @@ def test_first_tokens_follow_the_models_distribution():
     assert ((counts - expected) ** 2 / expected).sum().item() < 43.8
 
 
-LOGITS = torch.log(torch.tensor([[0.05, 0.4, 0.1, 0.3, 0.15], [0.2, 0.2, 0.2, 0.2, 0.2]]))
+LOGITS = torch.log(torch.tensor([[0.05, 0.4, 0.1, 0.3, 0.15], [0.25, 0.21, 0.19, 0.18, 0.17]]))
 
 
-def dense(logprobs, ids):
-    """Back to vocabulary order, probabilities."""
+def probs_of(sampling):
+    """Of LOGITS, through the processors that generate hands to the loop, in vocabulary order."""
+    policy = Policy(make_model("qwen2"))
+    logits_processor = policy.model.generate(
+        torch.tensor([[2]]),
+        generation_config=sampling_config(policy, sampling),
+        custom_generate=lambda model, input_ids, logits_processor, **_: logits_processor,
+    )
+    logprobs, ids = ranked_logprobs(logits_processor(None, LOGITS), sampling)
     probs = logprobs.exp()
-    return probs if ids is None else torch.zeros_like(LOGITS).scatter(-1, ids, probs)
+    if ids is None:
+        return probs
+    assert (probs.diff(dim=-1) <= 0).all()  # likeliest first
+    return torch.zeros_like(LOGITS).scatter(-1, ids, probs)
 
 
 @pytest.mark.parametrize(
@@ -259,14 +298,14 @@ def dense(logprobs, ids):
     ],
 )
 def test_support_is_cut_and_renormalised(top_p, top_k, support):
-    got = dense(*truncated_logprobs(LOGITS, 1.0, top_p, top_k))[0]
+    got = probs_of(SamplingParams(4, top_p=top_p, top_k=top_k))[0]
     want = torch.zeros(5)
     want[support] = LOGITS[0].exp()[support]
     torch.testing.assert_close(got, want / want.sum())
 
 
 def test_temperature_comes_before_top_p():
-    got = dense(*truncated_logprobs(LOGITS, 0.5, 0.6, 0))[0]
+    got = probs_of(SamplingParams(4, temperature=0.5, top_p=0.6))[0]
     want = torch.tensor([0.0, 0.16, 0.0, 0.09, 0.0]) / 0.25
     torch.testing.assert_close(got, want)
 
@@ -293,6 +332,38 @@ def test_drawn_tokens_and_logprobs_respect_truncation(options):
             assert logprob == pytest.approx((row[token] / row[kept].sum()).log().item(), abs=1e-3)
             cut |= len(kept) < V
     assert cut
+
+
+def test_the_checkpoints_generation_config_does_not_apply():
+    """As Qwen ships them, and worse; the config is the model's own again afterwards."""
+    policy = Policy(make_model("qwen2"))
+    for options in ({}, {"top_k": 8, "top_p": 0.9, "temperature": 0.7}):
+        sampling, requests = SamplingParams(12, **options), make_requests(20)
+        policy.model.generation_config = GenerationConfig(eos_token_id=EOS)
+        expected = HFGenerator(policy).generate(requests, sampling)
+        shipped = GenerationConfig(
+            do_sample=True,
+            temperature=0.1,
+            top_k=2,
+            top_p=0.3,
+            min_p=0.2,
+            repetition_penalty=5.0,
+            no_repeat_ngram_size=2,
+            suppress_tokens=[2, 3, 4],
+            max_new_tokens=3,
+            num_return_sequences=4,
+            eos_token_id=EOS,
+        )
+        policy.model.generation_config = shipped
+        assert HFGenerator(policy).generate(requests, sampling) == expected
+        assert policy.model.generation_config is shipped
+
+
+def test_a_model_without_generate_is_refused(monkeypatch):
+    policy = Policy(make_model("qwen2"))
+    monkeypatch.setattr(policy.model, "can_generate", lambda: False)
+    with pytest.raises(UserError, match="Qwen2ForCausalLM has no generate"):
+        HFGenerator(policy)
 
 
 def test_draw_inverts_the_cdf():

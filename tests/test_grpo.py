@@ -119,7 +119,7 @@ def assert_same_gradients(one, other, tolerance=2e-6):
         assert (one[name] - other[name]).abs().max() / scale < tolerance, name
 
 
-LOSSES = ["grpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "gspo"]
+LOSSES = ["grpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "gspo"]
 MIXED = (
     [1.0, 0.0, 0.0, 1.0] + [1.0] * 4 + [0.0, 1.0, 1.0, 1.0] + [0.0] * 4
 )  # groups 1 and 3 are dead
@@ -160,7 +160,10 @@ def test_an_unscorable_rollout_is_left_out_of_baseline_and_denominator(inputs):
 
 @pytest.mark.parametrize(
     ("loss_type", "expected"),
-    [("grpo", 3), ("luspo", 3), ("dr_grpo", 3 * 12), ("dapo", "kept"), ("cispo", "kept")],
+    [
+        *(("grpo", 3), ("luspo", 3), ("dr_grpo", 3 * 12)),
+        *(("dapo", "kept"), ("cispo", "kept"), ("vespo", "kept")),
+    ],
 )
 def test_denominators_with_unscorable_and_truncated_rollouts(inputs, loss_type, expected):
     """Of four, one is unscorable (counts nowhere) and one was cut by the cap (its tokens carry no
@@ -307,6 +310,34 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(inputs, tmp_path, 
     ):
         one, other = (load_file(folder / "checkpoint-6" / name) for folder in (whole, cut))
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_the_rest_of_a_resumed_rollout_keeps_the_time_it_took_to_sample(inputs, tmp_path):
+    """Steps 3 and 4 share a rollout, and the run is cut between them."""
+    assert train_grpo(build_config(settings(inputs, tmp_path, max_steps=3))) == 0
+    path = tmp_path / "checkpoint-3" / "trainer" / "state.json"
+    seconds = json.loads(path.read_text())["sampling_seconds"]
+    again = build_config(settings(inputs, tmp_path, max_steps=4))
+    assert train_grpo(again, resume=str(tmp_path)) == 0
+    *_, third, fourth = read_metrics(tmp_path)
+    phases = ("generate", "reward", "old_logprobs", "ref_logprobs")
+    assert seconds == pytest.approx(sum(third.get(f"time/{p}", 0) for p in phases) / 2, rel=1e-6)
+    for before, row in ((read_metrics(tmp_path)[1], third), (third, fourth)):
+        tokens = row["num_tokens"] - before["num_tokens"]
+        expected = tokens / (row["time/update"] + seconds)
+        assert row["tokens_per_second"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_checkpoint_that_does_not_know_its_sampling_time_claims_no_rate(inputs, tmp_path):
+    assert train_grpo(build_config(settings(inputs, tmp_path, max_steps=3))) == 0
+    run = make_run(inputs)
+    folder = tmp_path / "checkpoint-3"
+    path = folder / "trainer" / "state.json"
+    state = json.loads(path.read_text())
+    del state["sampling_seconds"]
+    path.write_text(json.dumps(state))
+    run.read_checkpoint(folder)
+    assert "tokens_per_second" not in run.update()
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -232,6 +232,15 @@ def test_samples_that_do_not_match_the_metric_give_no_interval(run_folder):
     assert (last.value, last.low, last.problems) == (0.9, None, None)
 
 
+def test_the_time_of_a_resumed_run_leaves_out_the_pause(run_folder):
+    assert "in 110 s on" in text_of(run_folder)
+    path = run_folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest |= {"finished": 90_000.0, "resumed": [{"at": "later", "from": "checkpoint-5"}]}
+    path.write_text(json.dumps(manifest))
+    assert "in 104 s on" in text_of(run_folder)  # ten steps of 10 s, two evaluations of 2 s
+
+
 def test_interrupted_run_says_so(run_folder):
     path = run_folder / "metrics.jsonl"
     rows = path.read_text().splitlines()[:6]

@@ -1,11 +1,12 @@
 """Sampling with the policy's own Hugging Face model: no second copy of the weights to sync.
 
-The model's forward and transformers' cache layers do the positions, masks and sliding windows of
-whatever architecture it is. The decoding loop is ours, because ``model.generate`` has no seed per
-request, reports no logprob of the truncated distribution, keeps finished rows to the end of the
-batch, copies the whole key/value cache at every token, and applies whatever the checkpoint's
-generation_config.json says (repetition penalty, top_k), which would make the sampler another
-distribution than the policy.
+``model.generate`` prepares a batch of prompts as it does for everybody: it checks the generation
+config, makes the cache that fits the architecture (sliding windows, hybrids), the positions and
+mask, and the logits processors (temperature, top-k, top-p). Then it calls the decoding loop below,
+its ``custom_generate``, in place of its own, which has no seed per request, reports no logprob of
+the truncated distribution, keeps finished rows to the end of the batch and copies the whole
+key/value cache at every token. What a checkpoint's generation_config.json says (repetition penalty,
+top_k, temperature) does not apply: it would make the sampler another distribution than the policy.
 
 Where the time of a small model goes, and what is done about it:
 
@@ -21,48 +22,53 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from grpo_engine.generation.base import check_requests
 from grpo_engine.generation.prefix import SharedPrefix
 from grpo_engine.policy import Policy, routed_attention
-from grpo_engine.types import Generation, GenerationRequest, SamplingParams
+from grpo_engine.types import Generation, GenerationRequest, SamplingParams, UserError
 
 # Rows leave the batch when this fraction has ended; selecting copies the live rows' cache once.
 DROP_FRACTION = 0.25
 
 
-def truncated_logprobs(
-    logits: Tensor, temperature: float, top_p: float, top_k: int
-) -> tuple[Tensor, Tensor | None]:
-    """The sampler's distribution, renormalised over its support, in fp32.
+def sampling_config(policy: Policy, sampling: SamplingParams) -> GenerationConfig:
+    """``sampling`` in transformers' words, and nothing that the checkpoint's own config says."""
+    return GenerationConfig(
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_new_tokens=sampling.max_completion_length,
+        eos_token_id=list(policy.eos_ids) or None,
+        pad_token_id=policy.pad_id,
+        use_cache=True,
+    )
+
+
+def ranked_logprobs(scores: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor | None]:
+    """The sampler's distribution in the order in which a uniform number picks from it, fp32. That
+    order is part of what a seed means: another one would draw other tokens.
 
     Args:
-        logits: [B, V]. Softmax(logits / temperature) is cut to the ``top_k`` likeliest ids (0 =
-            all), then to the shortest prefix, likeliest first, that holds at least ``top_p`` of
-            what is left.
+        scores: [B, V] fp32, the processed logits: -inf outside the support.
 
-    Returns: logprobs [B, K], -inf outside the support, and the ids [B, K] of those columns, or None
-        where the columns are the vocabulary itself (nothing truncated).
+    Returns: logprobs [B, K] over the support, likeliest first where it is truncated, and the ids
+        [B, K] of those columns, or None where the columns are the vocabulary itself.
     """
-    scaled = logits.float() / temperature
-    if top_p >= 1.0 and not 0 < top_k < scaled.shape[-1]:
-        return scaled.log_softmax(-1), None
-    if 0 < top_k < scaled.shape[-1]:
-        values, ids = scaled.topk(top_k, dim=-1)
+    if 0 < sampling.top_k < scores.shape[-1]:
+        values, ids = scores.topk(sampling.top_k, dim=-1)
+    elif sampling.top_p < 1.0:
+        values, ids = scores.sort(dim=-1, descending=True, stable=True)
     else:
-        values, ids = scaled.sort(dim=-1, descending=True, stable=True)
-    logprobs = values.log_softmax(-1)
-    if top_p < 1.0:
-        probs = logprobs.exp()
-        before = probs.cumsum(-1) - probs  # mass of the likelier ids: 0 for the first, which stays
-        kept = logprobs.masked_fill(before >= top_p, -torch.inf)
-        logprobs = kept - kept.logsumexp(-1, keepdim=True)
-    return logprobs, ids
+        values, ids = scores, None
+    return values.log_softmax(-1), ids
 
 
 def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
@@ -89,7 +95,8 @@ class GrowingLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Append [B, Hkv, L, Dh]; return all keys and values so far."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.is_initialized = True  # lazy_initialization's arguments differ between releases
             self._keys, self._values = self.keys, self.values = key_states, value_states
             self._filled = key_states.shape[-2]
             return key_states, value_states
@@ -129,6 +136,8 @@ class HFGenerator:
         max_batch_size: rows decoded together.
         max_batch_tokens: bound on rows x (longest prompt + max_completion_length), i.e. on the
             cache.
+
+    Raises UserError for a model without transformers' ``generate``.
     """
 
     def __init__(
@@ -139,6 +148,9 @@ class HFGenerator:
                 f"max_batch_size and max_batch_tokens must be >= 1, got {max_batch_size} and "
                 f"{max_batch_tokens}"
             )
+        if not policy.model.can_generate():
+            name = type(policy.model).__name__
+            raise UserError(f"model: {name} has no generate() to sample with")
         self.policy: Policy | None = policy
         self.max_batch_size = max_batch_size
         self.max_batch_tokens = max_batch_tokens
@@ -158,7 +170,7 @@ class HFGenerator:
             max_positions=getattr(config, "max_position_embeddings", None),
         )
         results: list[Generation | None] = [None] * len(requests)
-        with self.policy.active(), _sampling_mode(self.policy.model):
+        with self.policy.active(), _sampling_mode(self.policy, sampling):
             for members in self._plan(requests, sampling.max_completion_length):
                 drawn = _decode(self.policy, [requests[i] for i in members], sampling)
                 for i, generation in zip(members, drawn, strict=True):
@@ -207,14 +219,20 @@ def _uniforms(seeds: list[int], count: int, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def _sampling_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (which also turns gradient checkpointing off), undone afterwards."""
+def _sampling_mode(policy: Policy, sampling: SamplingParams) -> Iterator[None]:
+    """Evaluation mode (which also turns gradient checkpointing off) and our generation config,
+    undone afterwards. Transformers fills the gaps of a config that it is given from the model's,
+    before release 5 even where a value equals the general default, so that ours stands there."""
+    model = policy.model
     training = [module for module in model.modules() if module.training]
+    own_config = model.generation_config
     model.eval()
+    model.generation_config = sampling_config(policy, sampling)
     try:
         with torch.inference_mode():
             yield
     finally:
+        model.generation_config = own_config
         for module in training:
             module.training = True
 
@@ -224,59 +242,59 @@ class _Rows:
 
     R rows (completions) over U distinct prompts, padded on the left to P tokens. With R > U the
     prompts' cache stays apart (``SharedPrefix``) and ``cache`` holds completions only.
+
+    Args:
+        input_ids: [U, P].
+        lengths: [U] of the prompts.
+        prompt_of_row: [R] indices of prompts.
+        prepared: the arguments of the model's forward, as ``generate`` has prepared them.
     """
 
-    def __init__(self, policy: Policy, prompts: list[list[int]]) -> None:
-        index: dict[tuple[int, ...], int] = {}
-        of_row = [index.setdefault(tuple(prompt), len(index)) for prompt in prompts]
-        self.model = policy.model
-        accepted = inspect.signature(policy.model.forward).parameters
-        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self.width = max(len(p) for p in index)  # P
-        logits, mask, lengths = self._prefill(policy, list(index))
-        prompt_of_row = torch.tensor(of_row, device=policy.device)
-        self.logits, self.lengths = logits[prompt_of_row], lengths[prompt_of_row]
-        self.mask: Tensor | None = None
-        self.prefix: SharedPrefix | None = None
-        layers = self.cache.layers
-        if len(index) < len(of_row) and all(type(layer) is GrowingLayer for layer in layers):
-            keys, values = [x.keys for x in layers], [x.values for x in layers]
-            self.prefix = SharedPrefix(keys, values, mask, prompt_of_row)
-            self.cache.layers = [GrowingLayer() for _ in layers]
-            return
-        if len(index) < len(of_row):
-            self.cache.batch_select_indices(prompt_of_row)
-        if mask is not None:
-            self.mask = mask[prompt_of_row]
-
-    def _prefill(
-        self, policy: Policy, prompts: list[tuple[int, ...]]
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Run the distinct prompts: last logits [U, V], mask [U, P] or None, lengths [U]."""
-        device, width = policy.device, self.width
-        padded = [[policy.pad_id] * (width - len(p)) + list(p) for p in prompts]
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        positions = torch.arange(width, device=device)[None, :] - (width - lengths)[:, None]
-        some_padding = any(len(p) < width for p in prompts)
-        mask = (positions >= 0).long() if some_padding else None
-        self.cache = DynamicCache(config=policy.model.config)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        lengths: Tensor,
+        prompt_of_row: Tensor,
+        prepared: dict[str, Any],
+    ) -> None:
+        self.model, self.fixed = model, dict(prepared)
+        mask = self.fixed.pop("attention_mask", None)
+        positions = self.fixed.pop("position_ids", None)  # before transformers 5: made by the next
+        self.cache = self.fixed.pop("past_key_values")
         # Sliding layers keep transformers' own class: they already hold no more than their window.
         self.cache.layers = [
             GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.cache.layers
         ]
-        logits = self._run(torch.tensor(padded, device=device), positions.clamp_min_(0), mask)
-        return logits, mask, lengths
+        names = inspect.signature(model.prepare_inputs_for_generation).parameters
+        self.names_cache_position = "cache_position" in names  # before transformers 5
+        logits = self._forward(input_ids, positions, mask)
+        num_prompts, num_rows = len(input_ids), len(prompt_of_row)
+        self.logits, self.lengths = logits[prompt_of_row], lengths[prompt_of_row]
+        self.mask: Tensor | None = None
+        self.prefix: SharedPrefix | None = None
+        layers = self.cache.layers
+        if num_prompts < num_rows and all(type(layer) is GrowingLayer for layer in layers):
+            keys, values = [x.keys for x in layers], [x.values for x in layers]
+            self.prefix = SharedPrefix(keys, values, mask, prompt_of_row)
+            self.cache.layers = [GrowingLayer() for _ in layers]
+            return
+        if num_prompts < num_rows:
+            self.cache.batch_select_indices(prompt_of_row)
+        if mask is not None:
+            self.mask = mask[prompt_of_row]
 
-    def _run(self, token_ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        out = self.model(
-            input_ids=token_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            **self.last_only,
+    def _forward(self, token_ids: Tensor, positions: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Logits [R, V] after the last of ``token_ids`` [R, L]; positions None: of the prompts."""
+        place = {} if positions is None else {"position_ids": positions}
+        if self.names_cache_position:
+            past = self.cache.get_seq_length()
+            end = past + token_ids.shape[1]
+            place["cache_position"] = torch.arange(past, end, device=token_ids.device)
+        inputs = self.model.prepare_inputs_for_generation(
+            token_ids, past_key_values=self.cache, attention_mask=mask, **place, **self.fixed
         )
-        return out.logits[:, -1]
+        return self.model(**inputs, return_dict=True).logits[:, -1]
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only."""
@@ -292,30 +310,62 @@ class _Rows:
         positions = (self.lengths + drawn)[:, None]
         if self.prefix is not None:
             with routed_attention(lambda window: self.prefix):
-                self.logits = self._run(token[:, None], positions, None)
+                self.logits = self._forward(token[:, None], positions, None)
             return
         if self.mask is not None:
             self.mask = nn.functional.pad(self.mask, (0, 1), value=1)
-        self.logits = self._run(token[:, None], positions, self.mask)
+        self.logits = self._forward(token[:, None], positions, self.mask)
 
 
 def _decode(
     policy: Policy, requests: list[GenerationRequest], sampling: SamplingParams
 ) -> list[Generation]:
-    """Draw the completions of one batch of R requests."""
-    device, max_new, num_rows = policy.device, sampling.max_completion_length, len(requests)
-    rows = _Rows(policy, [request.prompt_ids for request in requests])
+    """Draw the completions of one batch of R requests, each distinct prompt run once."""
+    index: dict[tuple[int, ...], int] = {}
+    of_row = [index.setdefault(tuple(r.prompt_ids), len(index)) for r in requests]
+    width, device = max(len(p) for p in index), policy.device
+    padded = torch.tensor([[policy.pad_id] * (width - len(p)) + list(p) for p in index])
+    lengths = torch.tensor([len(p) for p in index])
+    mask = (torch.arange(width) >= (width - lengths)[:, None]).long()
+    is_ragged = any(len(p) < width for p in index)
+
+    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **prepared):
+        # Ends and cap are counted in _draw, where they give each row its finish reason.
+        if not is_ragged:
+            prepared.pop("attention_mask", None)  # transformers 5 has dropped it already
+        prompt_of_row = torch.tensor(of_row, device=device)
+        rows = _Rows(model, input_ids, lengths.to(device), prompt_of_row, prepared)
+        return _draw(rows, logits_processor, requests, sampling, policy.eos_ids)
+
+    return policy.model.generate(
+        padded.to(device),
+        attention_mask=mask.to(device),
+        generation_config=policy.model.generation_config,
+        custom_generate=loop,
+    )
+
+
+def _draw(
+    rows: _Rows,
+    logits_processor: LogitsProcessorList,
+    requests: list[GenerationRequest],
+    sampling: SamplingParams,
+    eos_ids: Sequence[int],
+) -> list[Generation]:
+    """The decoding loop: ``rows`` are at the end of their prompts."""
+    device, max_new, num_rows = rows.logits.device, sampling.max_completion_length, len(requests)
     uniforms = _uniforms([request.seed for request in requests], max_new, device)
-    eos = torch.tensor(policy.eos_ids, device=device)
+    eos = torch.tensor(eos_ids, device=device)
     token_ids = torch.zeros(num_rows, max_new, dtype=torch.int64, device=device)
     logprobs = torch.zeros(num_rows, max_new, device=device)
     lengths = torch.full((num_rows,), max_new, device=device)  # of the completions
     live = torch.arange(num_rows, device=device)  # request of each row still in the batch
     open_rows = torch.ones(num_rows, dtype=torch.bool, device=device)  # of those, not ended
     for t in range(max_new):
-        columns, ids = truncated_logprobs(
-            rows.logits, sampling.temperature, sampling.top_p, sampling.top_k
-        )
+        # Temperature, top-k and top-p read the scores alone; a processor that wants the tokens so
+        # far cannot come from our config, and would fail on None.
+        scores = logits_processor(None, rows.logits.float())
+        columns, ids = ranked_logprobs(scores, sampling)
         column = draw(columns, uniforms[live, t])[:, None]
         token = (column if ids is None else ids.gather(-1, column))[:, 0]
         token_ids[live, t] = token
@@ -336,7 +386,7 @@ def _decode(
             live, token, open_rows = live[kept], token[kept], open_rows[kept]
             rows.keep(kept)
         rows.advance(token, t)
-    return _collect(token_ids, logprobs, lengths, set(policy.eos_ids))
+    return _collect(token_ids, logprobs, lengths, set(eos_ids))
 
 
 def _collect(

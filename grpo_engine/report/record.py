@@ -122,7 +122,7 @@ class RunRecord:
         """From the manifest's start to its end; for a run that was resumed or has not ended, the
         sum of its steps and evaluations."""
         start, end = (_instant(self.manifest.get(key)) for key in ("started", "finished"))
-        if start is not None and end is not None and not self.manifest.get("resumed_from"):
+        if start is not None and end is not None and not self.manifest.get("resumed"):
             return end - start
         return sum(self.phases().values()) or None
 
