@@ -48,6 +48,18 @@ def load_rows(
     ``task``, ``task_args`` and ``entry`` for the task's scorer). ``solution`` may be absent
     unless ``solution_column`` was renamed: a reward that needs it says so. Raises UserError.
     """
+    rows = read_rows(source, args=args, split=split, limit=limit)
+    return _with_standard_columns(source, rows, prompt_column, solution_column)
+
+
+def read_rows(
+    source: str,
+    *,
+    args: Mapping[str, Any] | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+) -> list[Row]:
+    """The rows of ``source`` as they are, whatever their columns. See ``load_rows``."""
     if limit is not None and limit < 1:
         raise UserError(f"limit must be >= 1, got {limit}")
     args = dict(args or {})
@@ -65,7 +77,7 @@ def load_rows(
         rows = _hugging_face_rows(source, args, split, limit)
     if not rows:
         raise UserError(f"dataset {source} is empty")
-    return _with_standard_columns(source, rows, prompt_column, solution_column)
+    return rows
 
 
 def _refuse(source: str, **options: Any) -> None:

@@ -60,6 +60,7 @@ class RewardReport:
     first_errors: dict[str, str]  # by reward; only rewards that failed at least once
     seconds: dict[str, list[float]]  # time of each call, for percentiles
     totals: list[float | None]  # weighted sum; None = nothing applicable, or a reward failed
+    outcome_of: dict[str, list[str]] = field(default_factory=dict)  # in the order of ``scores``
 
     def error_rate(self, name: str) -> float:
         """Share of completions on which reward ``name`` failed."""
@@ -432,16 +433,17 @@ class RewardPool:
                 )
 
     def _report(self, batch: _Batch) -> RewardReport:
-        scores, outcomes, first_errors, seconds = {}, {}, {}, {}
+        scores, outcome_of, outcomes, first_errors, seconds = {}, {}, {}, {}, {}
         for index, reward in enumerate(self.rewards):
             results = [batch.results[index, item] for item in range(len(batch.items))]
             scores[reward.name] = [score for score, _ in results]
-            outcomes[reward.name] = Counter(outcome for _, outcome in results)
+            outcome_of[reward.name] = [outcome for _, outcome in results]
+            outcomes[reward.name] = Counter(outcome_of[reward.name])
             seconds[reward.name] = batch.seconds.get(index, [])
             if index in batch.first_errors:
                 first_errors[reward.name] = batch.first_errors[index]
         totals = [self._total(batch, item) for item in range(len(batch.items))]
-        return RewardReport(scores, outcomes, first_errors, seconds, totals)
+        return RewardReport(scores, outcomes, first_errors, seconds, totals, outcome_of)
 
     def _total(self, batch: _Batch, item: int) -> float | None:
         """The weighted sum over the rewards that apply; None when one failed or none applies.

@@ -1,0 +1,95 @@
+"""The folder of an evaluation: what it may hold, and whether its samples are of the same one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from grpo_engine.evaluation.config import EvalConfig
+from grpo_engine.evaluation.samples import SAMPLES_FILE
+from grpo_engine.types import UserError
+
+RESULTS_FILE = "results.json"
+FILES = ("config.yaml", "manifest.json", RESULTS_FILE, SAMPLES_FILE)
+
+
+def check_folder(config: EvalConfig, folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds something else, holds an input to be deleted, or cannot be
+    written to. Leaves nothing behind."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder}: exists and is not a folder")
+    there = [name for name in (*FILES, "metrics.jsonl") if _is_filled(folder / name)]
+    if "metrics.jsonl" in there or (there and not _is_evaluation(folder)):
+        raise UserError(f"--output_dir {folder}: holds another run ({', '.join(there)})")
+    for name in ("data", "check_overlap") if overwrite else ():
+        source = getattr(config, name)
+        if source and Path(source).expanduser().resolve() in {
+            (folder / file).resolve() for file in FILES
+        }:
+            raise UserError(f"--overwrite: would delete --{name} {source}")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: not writable ({error.strerror})") from error
+    finally:
+        for path in made:
+            if path.is_dir():
+                path.rmdir()
+
+
+def _is_filled(path: Path) -> bool:
+    """An empty file is what an evaluation stopped at its very beginning leaves."""
+    return path.exists() and path.stat().st_size > 0
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--output_dir {folder}: manifest.json cannot be read ({error})") from error
+
+
+def _is_evaluation(folder: Path) -> bool:
+    manifest = read_manifest(folder)
+    return manifest is not None and manifest.get("verb") == "eval"
+
+
+def check_same_inputs(folder: Path, inputs: dict[str, Any]) -> None:
+    """UserError naming the first input that is not what the samples in ``folder`` came from."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return
+    before, after = (_flat(identity(one)) for one in (manifest["inputs"], inputs))
+    for name in {**before, **after}:
+        if before.get(name) != after.get(name):
+            raise UserError(
+                f"--output_dir {folder}: its samples have {name} {_short(before.get(name))}, now "
+                f"it is {_short(after.get(name))}; take another folder or --overwrite"
+            )
+
+
+def identity(inputs: dict[str, Any]) -> dict[str, Any]:
+    """``inputs`` without the places they were found at: what counts is the content."""
+    plain = json.loads(json.dumps(inputs))
+    return {
+        group: {name: value for name, value in members.items() if name not in ("path", "source")}
+        for group, members in plain.items()
+    }
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        f"{group} {name}": value
+        for group, members in values.items()
+        for name, value in members.items()
+    }
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:60]
