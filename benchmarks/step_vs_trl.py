@@ -1,6 +1,6 @@
 """One GRPO step, ours beside TRL's GRPOTrainer: same model, prompts, rewards, batch and machine.
 
-    python benchmarks/step_vs_trl.py [--rounds 3] [--steps 6] [--out FILE]
+    python benchmarks/step_vs_trl.py [--device cuda] [--rounds 3] [--steps 6] [--out FILE]
 
 Both sides sample P x G answers of the miniature base model at temperature 1 under the same length
 cap, score them with the same rule rewards and take one optimiser step with a KL term. The learning
@@ -8,17 +8,17 @@ rate is 1e-9, so every step samples the same policy and the sides see equally lo
 sides run in turn (ours, TRL, ours, TRL, ...), each round in a fresh process; the first steps of a
 process are warm-up.
 
-TRL has no reward pool and no packed rows; both use float32 on the CPU. Reported: median seconds of
-the whole step and of the policy update (everything after sampling and rewards), with tokens (prompt
-and completion, padding not counted) per second. Throughput is what to compare; both are given.
+TRL has no reward pool and no packed rows; both use float32 on the same device. Reported: median
+seconds of the whole step and of the policy update (everything after sampling and rewards), with
+tokens (prompt and completion, padding not counted) per second. Throughput is what to compare; both
+are given.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -28,6 +28,9 @@ from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
+from grpo_engine.bench.machine import hardware
 from grpo_engine.manifest import code_version
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,13 +38,13 @@ PROMPTS, GENERATIONS, CAP, WARM_UP = 16, 16, 160, 2
 TASK = {"min_terms": 4, "max_terms": 6, "min_digits": 1, "max_digits": 1}
 
 
-def settings(output_dir: str, steps: int):
+def settings(output_dir: str, steps: int, device: str):
     from grpo_engine.config import build_config
 
     return build_config(
         {
             "model": "miniature",
-            "device": "cpu",
+            "device": device,
             "dataset": "reasoning_gym:chain_sum",
             "dataset_args": {"seed": 1, "size": 1000, **TASK},
             "prompts_per_generation": PROMPTS,
@@ -61,12 +64,12 @@ def settings(output_dir: str, steps: int):
     )
 
 
-def run_ours(steps: int) -> list[dict[str, float]]:
+def run_ours(steps: int, device: str) -> list[dict[str, float]]:
     from grpo_engine.metrics import read_metrics
     from grpo_engine.train import train_grpo
 
     with TemporaryDirectory() as folder:
-        if train_grpo(settings(folder, steps)) != 0:
+        if train_grpo(settings(folder, steps, device)) != 0:
             raise RuntimeError("our run failed")
         rows = read_metrics(folder)
     tokens = [row["num_tokens"] for row in rows]
@@ -82,7 +85,7 @@ def run_ours(steps: int) -> list[dict[str, float]]:
     ]
 
 
-def run_trl(steps: int) -> list[dict[str, float]]:
+def run_trl(steps: int, device: str) -> list[dict[str, float]]:
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -92,19 +95,25 @@ def run_trl(steps: int) -> list[dict[str, float]]:
     from grpo_engine.rewards import accuracy_reward, format_reward
     from grpo_engine.templates import render_prompt
 
-    policy = Policy.load("miniature", device="cpu")
+    policy = Policy.load("miniature", device=device)
     policy.model.set_attn_implementation("sdpa")
     rows = load_rows("reasoning_gym:chain_sum", args={"seed": 1, "size": 1000, **TASK})
     data = [{"prompt": render_prompt(r, "r1-zero"), "solution": r["solution"]} for r in rows]
     measured: list[dict[str, float]] = []
 
+    def now() -> float:
+        """The device idle, as our own clock has it: launched work is not done work."""
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     class Timed(GRPOTrainer):
         sampling_s = tokens = 0.0
 
         def _generate_and_score_completions(self, inputs):
-            start = time.perf_counter()
+            start = now()
             output = super()._generate_and_score_completions(inputs)
-            self.sampling_s += time.perf_counter() - start
+            self.sampling_s += now() - start
             lengths = output["completion_mask"].sum(1)
             self.mean_length = float(lengths.float().mean())
             self.tokens = int(lengths.sum() + output["prompt_mask"].sum())
@@ -112,10 +121,10 @@ def run_trl(steps: int) -> list[dict[str, float]]:
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            self.start, trainer.sampling_s = time.perf_counter(), 0.0
+            self.start, trainer.sampling_s = now(), 0.0
 
         def on_step_end(self, *args, **kwargs):
-            step = time.perf_counter() - self.start
+            step = now() - self.start
             measured.append(
                 {
                     "step_s": step,
@@ -134,7 +143,7 @@ def run_trl(steps: int) -> list[dict[str, float]]:
             train_dataset=Dataset.from_list(data),
             args=GRPOConfig(
                 output_dir=folder,
-                use_cpu=True,
+                use_cpu=device == "cpu",
                 bf16=False,
                 per_device_train_batch_size=PROMPTS * GENERATIONS,
                 num_generations=GENERATIONS,
@@ -157,10 +166,10 @@ def run_trl(steps: int) -> list[dict[str, float]]:
     return measured
 
 
-def measure(side: str, steps: int) -> list[dict[str, float]]:
+def measure(side: str, steps: int, device: str) -> list[dict[str, float]]:
     """The steps of one fresh process, warm-up left out."""
-    command = [sys.executable, __file__, "--side", side, "--steps", str(steps + WARM_UP)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    flags = ["--side", side, "--steps", str(steps + WARM_UP), "--device", device]
+    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])[WARM_UP:]
@@ -184,17 +193,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6, help="measured steps per process")
-    parser.add_argument("--out", type=Path, default=RESULTS / "step_vs_trl_cpu.json")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--out", type=Path, help="default: results/step_vs_trl_<device>.json")
     parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        rows = (run_ours if args.side == "ours" else run_trl)(args.steps)
+        rows = (run_ours if args.side == "ours" else run_trl)(args.steps, args.device)
         print(json.dumps(rows))
         return
     rows: dict[str, list[dict[str, float]]] = {"ours": [], "trl": []}
     for number in range(args.rounds):
         for side in rows:
-            rows[side] += measure(side, args.steps)
+            rows[side] += measure(side, args.steps, args.device)
             last = summary(rows[side][-args.steps :])
             print(
                 f"round {number + 1} {side:5} step {last['step_s']['median']:.3f} s  update "
@@ -203,10 +213,9 @@ def main() -> None:
             )
     ours, trl = summary(rows["ours"]), summary(rows["trl"])
     result = {
-        "command": "python benchmarks/step_vs_trl.py",
-        "device": "CPU",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
-        f"{os.environ.get('OMP_NUM_THREADS', 'default')} OMP threads",
+        "command": shlex.join(["python", "benchmarks/step_vs_trl.py", *sys.argv[1:]]),
+        "device": args.device,
+        "hardware": hardware(torch.device(args.device)),
         "code": code_version(),
         "date": date.today().isoformat(),
         "versions": {
@@ -220,11 +229,12 @@ def main() -> None:
             "update": ours["update_tokens_per_s"]["median"] / trl["update_tokens_per_s"]["median"],
         },
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    out = args.out or RESULTS / f"step_vs_trl_{args.device}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
     for what, times in result["speedup"].items():
         print(f"{what}: {times:.2f}x TRL's tokens per second")
-    print(args.out)
+    print(out)
 
 
 if __name__ == "__main__":

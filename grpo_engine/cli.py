@@ -25,11 +25,17 @@ grpo-engine {version}
        --resume [DIR]    continue the run in DIR (default: output_dir) from its newest checkpoint
        --overwrite       replace the run that output_dir holds
        --dry-run         check everything, print the plan, train nothing
+  grpo-engine eval --data FILE [--config FILE.yaml] [--field value ...]
+                   pass@1, pass@k and cons@k of a model; goes on where it was stopped
+       --overwrite       begin anew in output_dir
+       --dry-run         check everything, print the plan, sample nothing
+  grpo-engine bench [--quick] [--job NAME] [--compare BASELINE] ...
+                   every kernel beside plain torch and installed rivals; bench --help
   grpo-engine report DIR        write DIR/report.html again
   grpo-engine doctor [--json]   versions, devices, and every kernel against its reference
 
 Recipes: {recipes}
-Fields:  grpo-engine grpo --help
+Fields:  grpo-engine grpo --help, grpo-engine eval --help
 """
 
 
@@ -51,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(args: list[str]) -> int:
-    verbs = {"grpo": _grpo, "report": _report, "doctor": _doctor}
+    verbs = {"grpo": _grpo, "eval": _eval, "bench": _bench, "report": _report, "doctor": _doctor}
     if not args or args[0] in ("-h", "--help", "help"):
         from grpo_engine.config import recipe_names
 
@@ -63,7 +69,7 @@ def _dispatch(args: list[str]) -> int:
     verb, rest = args[0], args[1:]
     if verb not in verbs:
         raise UserError(f"{verb}: no such verb; there are {', '.join(verbs)}")
-    if verb != "grpo" and {"-h", "--help"} & set(rest):
+    if verb not in ("grpo", "eval", "bench") and {"-h", "--help"} & set(rest):
         return _dispatch([])
     return verbs[verb](rest)
 
@@ -168,6 +174,44 @@ def _print_fields() -> None:
     for name, field in GRPOConfig.model_fields.items():
         note = f"  {field.description}" if field.description else ""
         print(f"  --{name} ({field.get_default(call_default_factory=True)!r}){note}")
+
+
+def _eval(args: list[str]) -> int:
+    from grpo_engine.evaluation.config import EvalConfig, build_eval_config
+
+    if {"-h", "--help"} & set(args):
+        usage = "grpo-engine eval --data FILE [--config FILE.yaml] [--field value ...]"
+        print(f"{usage}\n\nFields (default):\n{EvalConfig.help_text()}")
+        return 0
+    pairs, special = parse_flags(args, switches=("overwrite", "dry_run"))
+    if "recipe" in special:
+        raise UserError(f"--recipe {special['recipe']}: eval has no recipes")
+    values: dict[str, Any] = {}
+    if "config" in special:
+        from grpo_engine.config import load_yaml
+
+        values = load_yaml(special["config"])
+    config = build_eval_config(values, pairs)
+    from grpo_engine.evaluation.run import run_eval
+
+    return run_eval(
+        config, overwrite=bool(special.get("overwrite")), dry_run=bool(special.get("dry_run"))
+    )
+
+
+def _bench(args: list[str]) -> int:
+    if {"-h", "--help"} & set(args):
+        from grpo_engine.bench.options import usage
+
+        print(usage(), end="")
+        return 0
+    pairs, special = parse_flags(args, switches=("quick", "truth", "profile", "list"))
+    for name in ("recipe", "config"):
+        if name in special:
+            raise UserError(f"--{name} {special[name]}: bench has no such flag")
+    from grpo_engine.bench.command import run_bench
+
+    return run_bench(pairs, set(special))
 
 
 def _report(args: list[str]) -> int:

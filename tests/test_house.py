@@ -14,18 +14,29 @@ KERNELS = ROOT / "kernels"
 # A room may import the rooms to its right, and the leaves.
 ORDER = [
     {"cli"},
-    {"train", "doctor"},
+    {"train", "evaluation", "doctor", "bench"},
     {"prepare", "self_check", "train_miniature"},
     {"held_out", "evaluate"},
     {"grpo", "report", "progress"},
     {"rollouts"},
-    {"generation"},
+    {"generation", "filters"},
     {"rewards", "policy", "data", "checkpoint", "manifest", "interrupt"},
     {"metrics", "lora"},
     {"history"},
 ]
 LEAVES = {"types", "config", "templates", "models"}
-HOSTS = {"vllm", "trl", "verl", "openrlhf", "flash_attn", "peft", "wandb", "liger_kernel"}
+HOSTS = {
+    "vllm",
+    "trl",
+    "verl",
+    "openrlhf",
+    "flash_attn",
+    "peft",
+    "wandb",
+    "liger_kernel",
+    "cut_cross_entropy",
+    "quack",
+}
 OPTIONAL = HOSTS | {
     "reasoning_gym",
     "math_verify",

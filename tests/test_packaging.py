@@ -196,6 +196,8 @@ def test_make_gpu_runs_every_file_whose_tests_take_a_device():
         text = path.read_text(encoding="utf-8")
         if takes_a_device.search(text) and '"device"' not in text:  # the fixture, no parameter
             assert f" tests/{path.name}" in commands, path.name
+        if re.search(r"^@pytest\.mark\.gpu\b", text, re.MULTILINE):  # without the slow ones
+            assert f" tests/{path.name}" in commands, path.name
     for named in re.findall(r"tests/test_\w+\.py", commands):
         assert (ROOT / named).exists(), named
 

@@ -1,0 +1,1 @@
+"""Benchmarks and the truth table: the same inputs for every provider, correct first."""
