@@ -276,7 +276,7 @@ def test_the_table_says_who_failed_and_who_is_absent(tmp_path, monkeypatch):
     assert table.run_truth_table(tmp_path, "cpu", say=said.append) == 0
     text = (tmp_path / "truth_table_cpu.md").read_text()
     assert "- a case, float32: FAILED: TypeError: forward() got an unexpected" in text
-    assert "- a case, float32: WRONG: logprobs: error 1.0e+00" in text
+    assert "- a case, float32: WRONG: logprobs: error 1.00e+00" in text
     assert "(drifted)" in text and "(spoilt)" in text
     assert "- not installed: absent" in text and "- takes no bias: lacking" in text
     result = json.loads((tmp_path / "truth_table_cpu.json").read_text())
