@@ -180,8 +180,8 @@ def table(results: dict) -> str:
         f"{results['hardware']}, {results['date']}, code {results['code']}; torch "
         f"{results['versions']['torch']}. Made by `{results['command']}`.",
         "",
-        "SmolLM2-135M-Instruct on its own samples. Errors are relative, ms are processor time; dense",
-        f"is the share of rows that need more than {MAX_ENTRIES[0]} ({MAX_ENTRIES[1]}) entries.",
+        "SmolLM2-135M-Instruct on its own samples. Errors are relative, ms processor time, dense",
+        f"the share of rows that need more than {MAX_ENTRIES[0]} ({MAX_ENTRIES[1]}) entries.",
     ]
     for found in results["temperatures"]:
         rows, errors, op = found["rows"], found["errors"], found["op"]

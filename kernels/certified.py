@@ -12,20 +12,21 @@ sums of sparse_rows.py, dense rows the GEMMs of live_gemm.py, compacted, without
 
     dX_n = r_n sum_{k kept} E_nk W_k,    dW_k = sum_{n: k kept} r_n E_nk x_n
 
-The certificate. ``dropped`` is the sum of what a sparse row drops over unit total, measured: at
-most delta, as the 2^-16 is more than the rounding of the sums. The error of a row of dlogits is
-exactly what was dropped, e_n with |e_n|_1 = |r_n| unit total dropped_n, and |r| unit total =
-|dL/d logprob| logit_scale / T. By the triangle inequality
+The certificate. ``dropped`` is the sum of what a sparse row drops over unit total, measured (on E
+as it is written: in half each entry is rounded): at most delta, as the 2^-16 is more than the
+rounding of the sums. The error of a row of dlogits is exactly what was dropped, e_n with
+|e_n|_1 = |r_n| unit total dropped_n, and |r| unit total = |dL/d logprob| logit_scale / T. By the
+triangle inequality
 
     |dX_n error|  <= |e_n|_1 max_k |W_k|,        |dW error|_F <= sum_n |e_n|_1 |x_n|
 
 (Euclidean norms; e_n = 0 for dense rows), besides the rounding of the dense path itself. That is
 ``error_bounds``. Measured errors are far smaller: benchmarks/results/certified_sparse_cpu.md.
 
-One-sided: what is dropped would have raised improbable tokens of a row with v < 0 and lowered them
-for v > 0; each row of dlogits sums to -r unit total dropped instead of 0. Giving the dropped mass
-to the kept entries or to the token would restore the sum, and was worse in every error measured
-(certified_sparse_cpu.json).
+One-sided: what is dropped would have lowered the improbable tokens where y is raised, and raised
+them where y is lowered; each row of dlogits sums to -r unit total dropped instead of 0. Giving the
+dropped mass to the kept entries or to the token would restore the sum, and was worse in every error
+measured (certified_sparse_cpu.json).
 
 Finding theta without a sort. An entry below least = budget / (candidates - max_entries) hardly
 matters to a row that can be sparse: at most max_entries of them stay, budget / 7 in all at
@@ -37,7 +38,8 @@ theta is found exactly.
 
 Bytes on CUDA: at most one read of E, 2 V a row at half inputs, less for a diffuse row; 8 bytes for
 each candidate, and E once more there; sparse_rows.py's for the kept entries; the GEMMs' for the
-dense rows. Not yet timed on a device.
+dense rows. Not yet timed on a device. On a CPU, at D = 576 and V = 49,152, delta = 1e-3 takes 0.6
+of the exact op's time at 0.2 to 0.7 nats of entropy and 1.03 at 1.8 (benchmarks/results).
 """
 
 from __future__ import annotations
