@@ -132,7 +132,10 @@ def exp_rows(
     if not use_triton(logits):
         return _exp_rows_cpu(out, logits, token_ids, options, prior, want_entropy, limit)
     num_rows, vocab = logits.shape
-    vector = lambda size: logits.new_empty(size, dtype=torch.float32)  # noqa: E731
+
+    def vector(size: int) -> torch.Tensor:
+        return logits.new_empty(size, dtype=torch.float32)
+
     rows = ExpRows(
         out,
         logprobs=vector(num_rows),
