@@ -138,8 +138,8 @@ $(GPU_VENV)/.stamp-gpu: $(BUILD_INPUTS)
 # Whole files, not a mark: most kernel tests take the GPU where there is one and carry no mark.
 # test_aot.py is left to make test: it compiles for devices that are not here.
 GPU_TESTS := $(wildcard $(addprefix tests/test_,advantages.py attention.py batch_invariance.py certified*.py \
-  exp_rows*.py grpo_loss*.py kernel_contracts.py kernel_sizes.py kernels_on_gpu.py linear_grpo*.py \
-  linear_logprobs*.py live_gemm*.py logprobs.py packing.py planner.py sampler_kept*.py sequence_losses.py \
+  exact_logits*.py exp_rows*.py grpo_loss*.py kernel_contracts.py kernel_sizes.py kernels_on_gpu.py \
+  linear_grpo*.py linear_logprobs*.py live_gemm*.py logprobs.py packing.py planner.py sampler_kept*.py sequence_losses.py \
   sparse_rows*.py truncated*.py bench_providers.py truth_table.py))
 # The others with the mark gpu.
 GPU_LOOP_TESTS := tests/test_grpo.py tests/test_packaging.py

@@ -21,7 +21,12 @@ from grpo_engine.kernels.packing import (
     unpack,
     unpack_ref,
 )
-from grpo_engine.kernels.sampler_kept import kept_by_sampler, linear_kept_by_sampler
+from grpo_engine.kernels.sampler_kept import (
+    kept_by_sampler,
+    kept_by_sampler_ref,
+    linear_kept_by_sampler,
+    linear_kept_by_sampler_ref,
+)
 
 # Hugging Face transformers probes ``find_spec("kernels")``; with the repository root on sys.path it
 # finds this folder and some releases read ``__version__`` from it.
@@ -37,9 +42,11 @@ __all__ = [
     "grpo_loss",
     "grpo_loss_ref",
     "kept_by_sampler",
+    "kept_by_sampler_ref",
     "linear_grpo_loss",
     "linear_grpo_loss_ref",
     "linear_kept_by_sampler",
+    "linear_kept_by_sampler_ref",
     "linear_logprobs",
     "linear_logprobs_ref",
     "make_loss_options",

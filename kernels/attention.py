@@ -48,8 +48,11 @@ def varlen_attention_ref(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    backend: str = "auto",
+    plan: BucketPlan | None = None,
 ) -> Tensor:
-    """The specification: a dense [N, N] mask, in fp32 (fp64 for fp64 input). Returns q's dtype."""
+    """The specification: a dense [N, N] mask, in fp32 (fp64 for fp64 input). Returns q's dtype.
+    ``backend`` and ``plan`` say how, not what: no effect here."""
     _check(q, k, v, cu_seqlens, max_seqlen, causal, window, softcap)
     _check_lengths(q, cu_seqlens, max_seqlen, plan=None)
     n = q.shape[0]

@@ -21,7 +21,8 @@ beyond rounding.
 
 Agreement. Where logprob and prior agree within 2^-22 (2 + |prior|), at most 2^-18, which is what
 the two roundings can do, the prior is returned as it is: recomputed on the policy that made it, a
-log-probability is the same number and the ratio is 1.
+log-probability is the same number and the ratio is 1. Where exact_logits.py is to correct the
+log-probability (``top``), this is settled after it (``exact_exps``).
 
 Half formats. E is written in the dtype of the GEMMs. bf16 has the range of fp32. fp16 has not: its
 unit of 512 lets p = 1e-5 keep all its bits, and its guard is tighter, so that unit * total stays
@@ -55,6 +56,7 @@ from grpo_engine.kernels.exp_rows_triton import EXP_BLOCKS, _exp_rows_kernel
 from grpo_engine.kernels.head_chunks import HeadGrads, scale_for_half
 from grpo_engine.kernels.live_gemm import LiveRows
 from grpo_engine.kernels.sparse_rows import add_sparse_grad_weight
+from grpo_engine.kernels.top_logits import LEAST, TOP, TopLogits, entries_above, span_maxima
 from grpo_engine.kernels.vocab_rows import (
     LogitOptions,
     RowGrads,
@@ -113,6 +115,7 @@ def exp_rows(
     prior: torch.Tensor | None,
     want_entropy: bool,
     row_mask: torch.Tensor | None = None,
+    top: TopLogits | None = None,
     *,
     skip_masked: bool = False,
 ) -> ExpRows:
@@ -121,16 +124,16 @@ def exp_rows(
     ``logits`` are the raw ones, fp32; on a CPU they are overwritten. ``out`` is in the dtype of the
     GEMMs, fp32 on a CPU. ``prior`` [C] fp32; None: two reads of the logits, and the bits of
     ``fold_rows``. Rows outside ``row_mask`` (Triton path) give logprob 0 and zeros in ``out``, or
-    leave it as it is with ``skip_masked``.
+    leave it as it is with ``skip_masked``. ``top``: as in ``fold_rows``.
     """
     limit, unit = EXP_RANGE[out.dtype]
     if prior is None:
-        stats = fold_rows(logits, out, token_ids, options, want_entropy, row_mask)
+        stats = fold_rows(logits, out, token_ids, options, want_entropy, row_mask, top)
         return exps_of_stats(
             out, logits, token_ids, options, stats, row_mask, skip_masked=skip_masked
         )
     if not use_triton(logits):
-        return _exp_rows_cpu(out, logits, token_ids, options, prior, want_entropy, limit)
+        return _exp_rows_cpu(out, logits, token_ids, options, prior, want_entropy, limit, top)
     num_rows, vocab = logits.shape
 
     def vector(size: int) -> torch.Tensor:
@@ -160,6 +163,7 @@ def exp_rows(
         rows.others,
         rows.at_token,
         rows.safe.view(torch.uint8),
+        *(top.outputs(logits, num_rows) if top else (None, None)),
         # inputs
         logits,
         token_ids,
@@ -182,6 +186,7 @@ def exp_rows(
         **options.kernel_flags(row_mask),
         SKIP_MASKED=skip_masked,
         WITH_ENTROPY=want_entropy,
+        TOP=TOP if top else 0,
         BLOCK_V=block_size(vocab, most),
         num_warps=num_warps,
         **LAUNCH_OPTIONS,
@@ -232,6 +237,7 @@ def _exp_rows_cpu(
     prior: torch.Tensor,
     want_entropy: bool,
     limit: float,
+    top: TopLogits | None,
 ) -> ExpRows:
     """Portable path, in fp32: the offset of a row as one number in the units of its logits."""
     apply_logit_options(logits, options)
@@ -251,9 +257,8 @@ def _exp_rows_cpu(
     logprobs = torch.where(
         others < token_exp, -torch.log1p(others / token_exp), token_shifted - total.log()
     )
-    base, slope, most = AGREE
-    agree = (logprobs - prior).abs() <= (base + slope * prior.abs()).clamp(max=most)
-    logprobs = torch.where(agree, prior, logprobs)
+    if top is None:
+        logprobs = torch.where(agreed(logprobs, prior), prior, logprobs)
     if bool(safe.any()):
         index = safe.nonzero().squeeze(1)
         stats = _redo_rows(out, logits, token_ids, options, index)
@@ -263,6 +268,9 @@ def _exp_rows_cpu(
         token_shifted[index] = shifted.squeeze(1)
         token_exp = token_shifted.exp()
         total = others + token_exp
+    if top is not None:
+        index, columns, _ = entries_above(out, span_maxima(out), total * LEAST)
+        top.take(token_ids, token_logit.squeeze(1), index, columns, logits[index, columns])
     entropy = logits.new_empty(0)
     if want_entropy:
         # not from ``out``: exp(d) = 0 has lost d; -inf times 0 counts as 0
@@ -277,6 +285,12 @@ def _exp_rows_cpu(
     return ExpRows(
         out, logprobs, entropy, total, others, at_token, safe, token_ids, options, unit=1.0
     )
+
+
+def agreed(logprobs: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+    """[C] bool: where they are the same number but for rounding."""
+    base, slope, most = AGREE
+    return (logprobs - prior).abs() <= (base + slope * prior.abs()).clamp(max=most)
 
 
 def _redo_rows(

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from grpo_engine.kernels.common import AotCase
 from grpo_engine.kernels.exp_rows_triton import EXP_BLOCKS, _exp_rows_kernel
+from grpo_engine.kernels.top_logits import TOP
 
 _TYPES = {
     "token_ids_ptr": "*i64",
     "safe_ptr": "*u8",
     "row_mask_ptr": "*u8",
+    "top_ids_ptr": "*i32",
     "V": "i32",
     "stride_exps_n": "i32",
     "stride_logits_n": "i32",
@@ -23,7 +25,7 @@ def _aot_case(out_type: str, **flags: bool) -> AotCase:
     signature, constexprs = {}, {"BLOCK_V": block}
     for name in _exp_rows_kernel.arg_names:
         if name.isupper() and name not in ("V", "BLOCK_V"):
-            constexprs[name] = flags.get(name, False)
+            constexprs[name] = flags.get(name, 0 if name == "TOP" else False)
         elif name != "BLOCK_V":
             signature[name] = types.get(name, "*fp32" if name.endswith("_ptr") else "fp32")
     label = "-".join([out_type, *(name.lower() for name, on in flags.items() if on)])
@@ -36,8 +38,9 @@ AOT_SIGNATURES = [
         for out_type in ("bf16", "fp16", "fp32")
         for entropy in (False, True)
     ),
-    _aot_case("bf16", HAS_ROW_MASK=True),
-    _aot_case("bf16", HAS_ROW_MASK=True, SKIP_MASKED=True),
+    *(_aot_case(out_type, TOP=TOP) for out_type in ("bf16", "fp16", "fp32")),
+    _aot_case("bf16", HAS_ROW_MASK=True, TOP=TOP),
+    _aot_case("bf16", HAS_ROW_MASK=True, SKIP_MASKED=True, TOP=TOP),
     _aot_case(
         "bf16",
         HAS_BIAS=True,
@@ -45,5 +48,6 @@ AOT_SIGNATURES = [
         HAS_ROW_TEMPERATURE=True,
         HAS_ROW_MASK=True,
         WITH_ENTROPY=True,
+        TOP=TOP,
     ),
 ]

@@ -7,7 +7,13 @@ not) stays in the one program: no second launch, no flag that the host would hav
 from __future__ import annotations
 
 from grpo_engine.kernels.common import jit, tl
-from grpo_engine.kernels.vocab_rows_triton import _load_logits, _log1p, _online_sums
+from grpo_engine.kernels.vocab_rows_triton import (
+    _load_logits,
+    _log1p,
+    _online_sums,
+    _row_start,
+    _store_top,
+)
 
 # (BLOCK_V, num_warps) by compute capability: 8 logits a thread and as many partial sums, no spills
 # (tests/test_aot.py). Not yet timed on a device.
@@ -30,13 +36,17 @@ def _write_exps(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
+    WITH_TOP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """Writes unit * e_k * slope_k for k != y, e_k = exp(d_k), d_k = (l_k - origin) / T + anchor;
-    returns the sums of e_k and (with entropy) of e_k d_k over k != y."""
+    returns the sums of e_k and (with entropy) of e_k d_k over k != y, and (with top) what
+    ``_online_sums`` does."""
     # a partial sum per place of a block, added up once: the loop has no barrier
     others = tl.zeros([BLOCK_V], dtype=tl.float32)
     weighted = tl.zeros([BLOCK_V], dtype=tl.float32)
+    best = tl.full([BLOCK_V], -float("inf"), dtype=tl.float32)
+    best_start = tl.zeros([BLOCK_V], dtype=tl.int32)
     for start in range(0, V, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         mask_v = offs_v < V
@@ -49,12 +59,22 @@ def _write_exps(
         others += exps
         if WITH_ENTROPY:
             weighted += tl.where(exps > 0.0, exps * shifted, 0.0)
+        if WITH_TOP:
+            candidates = tl.where(is_other, logits, -float("inf"))
+            best_start = tl.where(candidates > best, start, best_start)
+            best = tl.maximum(best, candidates)
         if HAS_SOFTCAP:
             capped = logits / softcap
             exps *= 1.0 - capped * capped
         # y itself is left to the caller: two stores to one address would race
         tl.store(out_ptr + offs_v, (exps * unit).to(out_ptr.dtype.element_ty), mask=is_other)
-    return tl.sum(others, axis=0), tl.sum(weighted, axis=0)
+    return tl.sum(others, axis=0), tl.sum(weighted, axis=0), best, best_start
+
+
+@jit
+def _agreed(logprob, prior, base, slope, most):
+    """Whether they are the same number but for rounding (exp_rows.py)."""
+    return tl.abs(logprob - prior) <= tl.minimum(base + slope * tl.abs(prior), most)
 
 
 @jit
@@ -67,6 +87,8 @@ def _exp_rows_kernel(
     others_ptr,
     at_token_ptr,
     safe_ptr,  # [N] bytes
+    top_ids_ptr,  # [N, 1 + TOP] int32
+    top_values_ptr,  # [N, 1 + TOP] fp32
     # inputs
     logits_ptr,  # [N, V]
     token_ids_ptr,  # [N]
@@ -96,6 +118,7 @@ def _exp_rows_kernel(
     HAS_ROW_MASK: tl.constexpr,
     SKIP_MASKED: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
+    TOP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # N * V passes 2^31 at 14,134 rows of 151,936
@@ -115,14 +138,20 @@ def _exp_rows_kernel(
             if WITH_ENTROPY:
                 tl.store(entropy_ptr + row, 0.0)
             return
-    if HAS_ROW_TEMPERATURE:
-        temperature = tl.load(temperature_ptr + row)
-    inv_temperature = 1.0 / temperature
-    row_ptr = logits_ptr + row * stride_logits_n
-    token = tl.load(token_ids_ptr + row).to(tl.int64)
-    in_range = (token >= 0) & (token < V)
-    token_logit = _load_logits(
-        row_ptr, bias_ptr, token, in_range, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
+    row_ptr, temperature, inv_temperature, token, in_range, token_logit = _row_start(
+        row,
+        logits_ptr,
+        token_ids_ptr,
+        bias_ptr,
+        temperature_ptr,
+        temperature,
+        logit_scale,
+        softcap,
+        V,
+        stride_logits_n,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+        HAS_ROW_TEMPERATURE,
     )
     prior = tl.load(prior_ptr + row)
 
@@ -130,9 +159,11 @@ def _exp_rows_kernel(
     token_shifted = prior
     others = tl.full([], 0.0, dtype=tl.float32)
     weighted = tl.full([], 0.0, dtype=tl.float32)
+    best = tl.full([BLOCK_V], -float("inf"), dtype=tl.float32)
+    best_start = tl.zeros([BLOCK_V], dtype=tl.int32)
     is_sane = tl.abs(prior) < float("inf")
     if is_sane:
-        others, weighted = _write_exps(
+        others, weighted, best, best_start = _write_exps(
             out_ptr,
             row_ptr,
             bias_ptr,
@@ -147,12 +178,13 @@ def _exp_rows_kernel(
             HAS_BIAS,
             HAS_SOFTCAP,
             WITH_ENTROPY,
+            TOP > 0,
             BLOCK_V,
         )
     total = others + tl.exp(token_shifted)
     is_right = is_sane & (total > least_total) & (total < most_total)  # a NaN is neither
     if not is_right:
-        row_max, sums, _ = _online_sums(
+        row_max, sums, _, _, _ = _online_sums(
             row_ptr,
             bias_ptr,
             token,
@@ -164,12 +196,13 @@ def _exp_rows_kernel(
             HAS_BIAS,
             HAS_SOFTCAP,
             False,
+            False,
             BLOCK_V,
         )
         token_shifted = (token_logit - row_max) * inv_temperature
         anchor = -tl.log(sums + tl.exp(token_shifted))
         token_shifted += anchor
-        others, weighted = _write_exps(
+        others, weighted, best, best_start = _write_exps(
             out_ptr,
             row_ptr,
             bias_ptr,
@@ -184,6 +217,7 @@ def _exp_rows_kernel(
             HAS_BIAS,
             HAS_SOFTCAP,
             WITH_ENTROPY,
+            TOP > 0,
             BLOCK_V,
         )
     token_exp = tl.exp(token_shifted)
@@ -193,9 +227,9 @@ def _exp_rows_kernel(
     odds = others / tl.where(token_exp > 0.0, token_exp, 1.0)
     log_total = tl.log(total)
     logprob = tl.where(others < token_exp, -_log1p(odds), token_shifted - log_total)
-    agreed = tl.minimum(agree_base + agree_slope * tl.abs(prior), agree_most)
-    confirmed = is_right & (tl.abs(logprob - prior) <= agreed)
-    logprob = tl.where(confirmed, prior, logprob)
+    if TOP == 0:  # else the logprob is not final: exact_logits.py compares it
+        agreed = is_right & _agreed(logprob, prior, agree_base, agree_slope, agree_most)
+        logprob = tl.where(agreed, prior, logprob)
     # An id outside [0, V) cannot raise from here without a host sync: it gives NaN.
     tl.store(logprobs_ptr + row, tl.where(in_range, logprob, float("nan")))
     tl.store(total_ptr + row, total)
@@ -210,3 +244,15 @@ def _exp_rows_kernel(
         at_token *= 1.0 - capped_token * capped_token
     tl.store(at_token_ptr + row, at_token)
     tl.store(out_ptr + token, at_token.to(exps_ptr.dtype.element_ty), mask=in_range)
+    if TOP > 0:
+        _store_top(
+            top_ids_ptr + row * (1 + TOP),
+            top_values_ptr + row * (1 + TOP),
+            token,
+            in_range,
+            token_logit,
+            best,
+            best_start,
+            BLOCK_V,
+            TOP,
+        )

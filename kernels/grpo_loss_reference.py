@@ -61,7 +61,7 @@ def grpo_loss_ref(
         else:
             denominator = max(mask.sum().item(), 1)
 
-    loss = logprobs.new_zeros(())
+    loss = logprobs[:0].sum()  # 0 with a graph, also where every token is masked
     sums = {name: logprobs.new_zeros(()) for name in METRICS}
     for start, end in zip(ends[:-1], ends[1:], strict=True):
         keep = mask[start:end] != 0  # masked tokens are cut out, so what they hold cannot matter

@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from grpo_engine.kernels.common import use_triton
+from grpo_engine.kernels.exact_logits import corrected, exact_stats, shard_shifts
 from grpo_engine.kernels.head_chunks import (
     HeadGrads,
     Workspace,
@@ -40,6 +41,7 @@ from grpo_engine.kernels.head_chunks import (
 )
 from grpo_engine.kernels.live_gemm import LiveRows, live_logits, live_rows
 from grpo_engine.kernels.logprobs import check_row_values
+from grpo_engine.kernels.top_logits import TopLogits
 from grpo_engine.kernels.vocab_parallel import (
     VocabShards,
     fold_shard,
@@ -218,6 +220,10 @@ class HeadPass:
             *(torch.where(self.visited, f[place], 0.0) if f.numel() else f for f in stats)
         )
 
+    def hidden_rows(self, chunk: slice) -> torch.Tensor:
+        """[C, D] of the chunk; anything at places that do not count."""
+        return self.hidden[chunk if self.order is None else self.order[chunk]]
+
     def chunk_hidden(self, chunk: slice) -> torch.Tensor:
         """What the chunk's GEMMs take for ``hidden``: its rows, or all of [N, D] compacted."""
         if self.live is not None:
@@ -244,15 +250,20 @@ class HeadPass:
         rows, logits = chunk.stop - chunk.start, self.logits(chunk, work)
         ids, options = self.token_ids[chunk], self.options.rows(chunk)
         mask = None if self.mask is None else self.mask[chunk]
+        hidden = self.hidden_rows(chunk)
         if len(logits) > rows:
             fill = torch.arange(len(logits), device=ids.device).clamp_(max=rows - 1)
-            ids, options = ids[fill], options.rows(fill)
-        scratch = work.dlogits[: len(logits)]
+            ids, options, hidden = ids[fill], options.rows(fill), hidden[fill]
+        scratch, top = work.dlogits[: len(logits)], TopLogits()
+        exact = (top, hidden, self.weight, options, mask)
         if self.shards is None:
-            stats = fold_rows(logits, scratch, ids, options, want_entropy, mask)
+            stats = fold_rows(logits, scratch, ids, options, want_entropy, mask, top)
+            stats = exact_stats(stats, *exact)
         else:
-            part = fold_shard(logits, scratch, ids, options, want_entropy, mask)
+            part = fold_shard(logits, scratch, ids, options, want_entropy, mask, top)
             stats = merge_shards(part, self.shards, ids, options, want_entropy, mask)
+            shifts = self.shards.gather(shard_shifts(stats, *exact))
+            stats = corrected(stats, *shifts.double().sum(0))
         return stats.rows(slice(0, rows))
 
     def backward(

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
+from grpo_engine.kernels.exact_logits import exact_exps
 from grpo_engine.kernels.exp_rows import ExpRows, exp_chunk_backward, exp_rows, exps_of_stats
 from grpo_engine.kernels.grpo_loss import NUM_METRICS, LossOptions, loss_and_grad
 from grpo_engine.kernels.head_chunks import HeadGrads, Workspace, head_chunk_backward
 from grpo_engine.kernels.head_pass import HeadPass
+from grpo_engine.kernels.top_logits import TopLogits
 from grpo_engine.kernels.vocab_rows import RowGrads, RowStats
 
 
@@ -82,9 +84,11 @@ def read_chunk(
     mask = None if head.mask is None else head.mask[chunk]
     if prior is not None:
         logits, exps = head.logits(chunk, work), work.dlogits[:num_rows]
-        return exp_rows(
-            exps, logits, ids, options, prior[chunk], want_entropy, mask, skip_masked=skip_masked
-        )
+        prior, top = prior[chunk], TopLogits()
+        how = {"top": top, "skip_masked": skip_masked}
+        rows = exp_rows(exps, logits, ids, options, prior, want_entropy, mask, **how)
+        exact_exps(rows, prior, top, head.hidden_rows(chunk), head.weight, mask)
+        return rows
     stats = head.fold(chunk, work, want_entropy)
     if not as_exps:
         return stats

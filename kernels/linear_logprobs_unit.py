@@ -27,6 +27,8 @@ read twice; A written in half, read once), keep_probs 18, and 4 more where backw
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from grpo_engine.kernels.common import custom_op, first_derivatives_only, use_triton
@@ -52,27 +54,30 @@ def unit_grads(logprobs: torch.Tensor, options: LogitOptions, dtype: torch.dtype
     return torch.where(logprobs.isnan(), 0.0, unit)
 
 
-def unit_dlogits(
-    head: HeadPass,
-    chunk: slice,
-    work: Workspace,
-    out: torch.Tensor,
-    stats: RowStats,
-    unit: torch.Tensor,
-    *,
-    skip_masked: bool,
-) -> torch.Tensor:
-    """unit [C] times A of a chunk that ``head.fold`` has just left in ``work``, into ``out``."""
-    return dlogits_rows(
-        out,
-        work.logits[: len(unit)],
-        head.token_ids[chunk],
-        head.options.rows(chunk),
-        stats,
-        RowGrads(unit),
-        None if head.mask is None else head.mask[chunk],
-        skip_masked=skip_masked,
-    )
+def unit_chunks(
+    head: HeadPass, work: Workspace, stats: RowStats, kept: torch.Tensor | None = None
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """A forward pass over the chunks of ``head``: of each (chunk, unit [C], unit times A [C, V]);
+    ``stats`` are filled in. On the Triton path the latter is written to ``kept`` [P, V], where it
+    is given, else to the workspace."""
+    for chunk in head.chunks(work.rows):
+        made, options = head.fold(chunk, work, want_entropy=False), head.options.rows(chunk)
+        stats.put(chunk, made)
+        rows = chunk.stop - chunk.start
+        in_place = kept is not None and use_triton(kept)
+        out = kept[chunk] if in_place else work.dlogits[:rows]
+        unit = unit_grads(made.logprobs, options, out.dtype)
+        dlogits = dlogits_rows(
+            out,
+            work.logits[:rows],
+            head.token_ids[chunk],
+            options,
+            made,
+            RowGrads(unit),
+            None if head.mask is None else head.mask[chunk],
+            skip_masked=head.live is not None,
+        )
+        yield chunk, unit, dlogits
 
 
 # ---- Frozen head ---------------------------------------------------------------------------------
@@ -109,14 +114,7 @@ def _frozen(
     every_row = use_triton(hidden) and head.live is None
     into = HeadGrads.make(hidden, weight, (True, False, False), torch.float32, every_row=every_row)
     work = head.workspace(for_gradient=True)
-    for chunk in head.chunks(work.rows):
-        made = head.fold(chunk, work, want_entropy=False)
-        stats.put(chunk, made)
-        unit = unit_grads(made.logprobs, head.options.rows(chunk), work.dlogits.dtype)
-        out = work.dlogits[: len(unit)]
-        dlogits = unit_dlogits(
-            head, chunk, work, out, made, unit, skip_masked=head.live is not None
-        )
+    for chunk, unit, dlogits in unit_chunks(head, work, stats):
         # 1 / 0 where the logprob is NaN: 0 * inf in that row of U
         scale = 1.0 / unit if use_triton(hidden) else None
         into.add(
@@ -196,14 +194,7 @@ def _keep(
     if not use_triton(hidden):
         kept[head.places :] = 0.0
     work = head.workspace(for_gradient=False)
-    for chunk in head.chunks(work.rows):
-        made = head.fold(chunk, work, want_entropy=False)
-        stats.put(chunk, made)
-        unit = unit_grads(made.logprobs, head.options.rows(chunk), kept.dtype)
-        out = kept[chunk] if use_triton(hidden) else work.dlogits[: len(unit)]
-        dlogits = unit_dlogits(
-            head, chunk, work, out, made, unit, skip_masked=head.live is not None
-        )
+    for chunk, _, dlogits in unit_chunks(head, work, stats, kept):
         if not use_triton(hidden):
             kept[chunk] = dlogits
     return head.put_back(stats, want_entropy=False).logprobs, kept

@@ -32,6 +32,62 @@ SORT_ELEMENTS = 1 << 24
 
 
 @torch.no_grad()
+def kept_by_sampler_ref(
+    logits: torch.Tensor,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
+) -> torch.Tensor:
+    """Specification of ``kept_by_sampler``, a row and an id at a time; in fp64 for fp64 logits,
+    else fp32. It reads values on the host."""
+    num_rows, vocab = logits.shape
+    _check_truncation(top_k, top_p, vocab)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    scaled = wide / (temperature[:, None] if torch.is_tensor(temperature) else temperature)
+    mask = torch.zeros(num_rows, vocab, dtype=torch.bool, device=logits.device)
+    out = torch.full((num_rows, top_k or 1), -1, dtype=torch.int32, device=logits.device)
+    for n in range(num_rows):
+        likeliest_first = scaled[n].argsort(descending=True, stable=True).tolist()
+        candidates = likeliest_first[:top_k] if top_k else likeliest_first
+        p = scaled[n][candidates].softmax(0)
+        below = torch.zeros_like(p[0])  # what this id and all less likely ones hold
+        for place in reversed(range(len(candidates))):
+            below = below + p[place]
+            if place == 0 or top_p == 1 or below > 1 - top_p:
+                mask[n, candidates[place]] = True
+        kept = [k for k in candidates if mask[n, k]]
+        if 0 < top_k < vocab:
+            out[n, : len(kept)] = torch.tensor(kept, dtype=torch.int32)
+    return out if 0 < top_k < vocab else kept_bits(mask)
+
+
+@torch.no_grad()
+def linear_kept_by_sampler_ref(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
+    bias: torch.Tensor | None = None,
+    logit_softcap: float | None = None,
+    logit_scale: float | None = None,
+) -> torch.Tensor:
+    """Specification of ``linear_kept_by_sampler``: [N, V] logits in fp64 for fp64 inputs, else
+    fp32, then ``kept_by_sampler_ref``."""
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logits = hidden.to(wide) @ weight.to(wide).T
+    if bias is not None:
+        logits = logits + bias.to(wide)
+    if logit_scale is not None:
+        logits = logits * logit_scale
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    return kept_by_sampler_ref(logits, top_k=top_k, top_p=top_p, temperature=temperature)
+
+
+@torch.no_grad()
 def kept_by_sampler(
     logits: torch.Tensor,
     *,

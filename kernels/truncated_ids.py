@@ -1,7 +1,8 @@
 """Log-probabilities over kept ids [N, K]: the sparse form of truncated.py, where the maths is.
 
 The K logits of a row are gathered dot products; bias, scale and softcap are applied to them in
-torch, and the row kernels of vocab_rows.py take [N, K] for a vocabulary of K. Backward: the same in
+torch, and the row kernels of vocab_rows.py take [N, K] for a vocabulary of K. The largest are
+corrected as those of a whole vocabulary are (exact_logits.py). Backward: the same in
 reverse, then the gathered and segmented sums of sparse_rows.py.
 """
 
@@ -10,12 +11,14 @@ from __future__ import annotations
 import torch
 
 from grpo_engine.kernels.common import use_triton
+from grpo_engine.kernels.exact_logits import exact_stats
 from grpo_engine.kernels.head_chunks import HeadGrads
 from grpo_engine.kernels.sparse_rows import (
     add_sparse_grad_weight,
     gather_grad_hidden,
     gather_logits,
 )
+from grpo_engine.kernels.top_logits import TopLogits
 from grpo_engine.kernels.vocab_rows import (
     LogitOptions,
     RowGrads,
@@ -47,17 +50,22 @@ def ids_forward(
     if options.logit_softcap is not None:
         logits.div_(options.logit_softcap).tanh_().mul_(options.logit_softcap)
     logits.masked_fill_(padding, -torch.inf)  # a softcap makes it finite
-    columns, options = _columns(ids, token_ids), temperature_only(options)
+    columns, top = _columns(ids, token_ids), TopLogits()
+    after = temperature_only(options)
     if use_triton(hidden):
-        return fold_rows(logits, logits, columns, options, want_entropy, row_mask), logits
+        stats = fold_rows(logits, logits, columns, after, want_entropy, row_mask, top)
+        places = top.ids.clamp(0, ids.shape[1] - 1).long()
+        top.ids = torch.where(top.ids < 0, -1, ids.gather(1, places))
+        return exact_stats(stats, top, hidden, weight, options, row_mask), logits
     stats = RowStats.zeros(hidden, hidden.shape[0], want_entropy)
     index = _index_of(row_mask, hidden.shape[0])
     rows = logits[index]
     if len(rows):
-        chunk = fold_rows(
-            rows, torch.empty_like(rows), columns[index], options.rows(index), want_entropy
-        )
-        stats.put(index, chunk)
+        scratch, row_options = torch.empty_like(rows), options.rows(index)
+        after = after.rows(index)
+        chunk = fold_rows(rows, scratch, columns[index], after, want_entropy, None, top)
+        top.ids = ids[index][top.rows, top.ids].long()
+        stats.put(index, exact_stats(chunk, top, hidden[index], weight, row_options))
     return stats, logits
 
 

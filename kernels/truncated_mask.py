@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from grpo_engine.kernels.common import use_triton
+from grpo_engine.kernels.exact_logits import exact_stats
 from grpo_engine.kernels.head_chunks import (
     HeadGrads,
     Workspace,
@@ -22,6 +23,7 @@ from grpo_engine.kernels.head_chunks import (
     raw_logits,
     scale_for_half,
 )
+from grpo_engine.kernels.top_logits import TopLogits
 from grpo_engine.kernels.truncated_ids import temperature_only
 from grpo_engine.kernels.vocab_rows import (
     LogitOptions,
@@ -77,15 +79,18 @@ def mask_forward(
         rows, mask = hidden[index], kept_mask(kept[index], weight.shape[0])
         ids = _kept_tokens(token_ids, mask, index, row_mask)
         logits = raw_logits(rows, weight, work.logits[: len(rows)])
+        top, row_options = TopLogits(), options.rows(index)
+        chunk_mask = None if row_mask is None else row_mask[index]
         chunk = fold_rows(
-            _keep(logits, mask, options.rows(index)),
+            _keep(logits, mask, row_options),
             work.dlogits[: len(rows)],
             ids,
-            temperature_only(options).rows(index),
+            temperature_only(row_options),
             want_entropy,
-            None if row_mask is None else row_mask[index],
+            chunk_mask,
+            top,
         )
-        stats.put(index, chunk)
+        stats.put(index, exact_stats(chunk, top, rows, weight, row_options, chunk_mask))
     return stats, hidden.new_empty(0, dtype=torch.float32)
 
 

@@ -17,7 +17,9 @@ d_r = (m_r - m) / T:
 ``others`` stays apart from the token's own exponential, so a confident token keeps log1p(others),
 as on one device. Backward needs nothing more of the other ranks: p_k = exp((l_k - m_r) / T -
 (log_sum - d_r)), which is the row maths of vocab_rows.py with the pair (row_max, log_sum) moved to
-the shard's own origin. A token outside the shard matches no column there.
+the shard's own origin. A token outside the shard matches no column there. With the row's lse known,
+each rank computes its own largest logits again (exact_logits.py); a second all-gather adds up the
+two numbers a row that come of it.
 
 Who adds up d hidden. Each rank's own columns give a part of d hidden = G @ weight. The ops
 all-reduce the parts in fp32 themselves and return the whole d hidden on every rank; d weight and
@@ -27,14 +29,14 @@ input or copy_to_tensor_model_parallel_region (d hidden would come out as many t
 there are ranks), and under sequence parallelism gathered with ``tensor_parallel_output_grad=False``
 (the backward of that gather must cut, not sum).
 
-Collectives. Forward: one all-gather a chunk, of 16 C bytes a rank for its C rows (16 N in all;
-every rank walks the chunks of the largest shard). Where d hidden is needed one all-reduce of 4 N D
-bytes: in backward, or in forward where the gradient is made there (linear_grpo_loss, frozen head).
-Ahead of the forward pass, and of a backward pass that multiplies by the head, a note of 4 KiB a
-rank (``agree``), with which an error on one rank becomes an error on all. It goes over the host
-where the group has a CPU backend (gloo, or torch's default of gloo beside NCCL), without a device
-sync. In a group of NCCL alone it goes over the current CUDA device, and the host waits for it: one
-device sync a note, so that such a call cannot be captured in a CUDA graph.
+Collectives. Forward: two all-gathers a chunk, of 16 C and 8 C bytes a rank for its C rows (24 N in
+all; every rank walks the chunks of the largest shard). Where d hidden is needed one all-reduce of
+4 N D bytes: in backward, or in forward where the gradient is made there (linear_grpo_loss, frozen
+head). Ahead of the forward pass, and of a backward pass that multiplies by the head, a note of 4
+KiB a rank (``agree``), with which an error on one rank becomes an error on all. It goes over the
+host where the group has a CPU backend (gloo, or torch's default of gloo beside NCCL), without a
+device sync. In a group of NCCL alone it goes over the current CUDA device, and the host waits for
+it: one device sync a note, so that such a call cannot be captured in a CUDA graph.
 
 Determinism. The merge is the same arithmetic on the same numbers on every rank, so logprobs,
 entropy, lse and the loss are bitwise equal on all of them. d hidden is what the backend's
@@ -60,11 +62,13 @@ from grpo_engine.kernels.common import (
     on_device_of_first,
     use_triton,
 )
+from grpo_engine.kernels.top_logits import TOP, TopLogits, span_maxima
 from grpo_engine.kernels.vocab_parallel_triton import _fold_shard_kernel
 from grpo_engine.kernels.vocab_rows import (
     LogitOptions,
     RowStats,
     apply_logit_options,
+    note_top,
     shift_rows,
 )
 from grpo_engine.kernels.vocab_rows_triton import FOLD_BLOCKS
@@ -316,23 +320,25 @@ def fold_shard(
     options: LogitOptions,
     want_entropy: bool,
     row_mask: torch.Tensor | None = None,
+    top: TopLogits | None = None,
 ) -> torch.Tensor:
     """(t, o, w, m) of one chunk's shard of columns: [4, C] fp32; w is 0 without ``want_entropy``.
 
     On a CPU ``logits`` [C, V_r] fp32 and ``scratch`` are overwritten with what ``dlogits_rows``
     continues from, at the shard's own origin; the Triton path reads ``logits``, leaves ``scratch``
-    alone, and gives zeros for the rows outside ``row_mask``.
+    alone, and gives zeros for the rows outside ``row_mask``. ``top``: as in ``fold_rows``.
     """
     if not use_triton(logits):
-        return _fold_shard_cpu(logits, scratch, local_ids, options, want_entropy)
+        return _fold_shard_cpu(logits, scratch, local_ids, options, want_entropy, top)
     num_rows, vocab = logits.shape
     parts = logits.new_empty(4, num_rows)
     if num_rows == 0:
         return parts
     most, num_warps = arch_choice(FOLD_BLOCKS, logits)
     _fold_shard_kernel[(num_rows,)](
-        # output
+        # outputs
         parts,
+        *(top.outputs(logits, num_rows) if top else (None, None)),
         # inputs
         logits,
         local_ids,
@@ -349,6 +355,7 @@ def fold_shard(
         # constexprs
         **options.kernel_flags(row_mask),
         WITH_ENTROPY=want_entropy,
+        TOP=TOP if top else 0,
         BLOCK_V=block_size(vocab, most),
         num_warps=num_warps,
         **LAUNCH_OPTIONS,
@@ -362,16 +369,22 @@ def _fold_shard_cpu(
     local_ids: torch.Tensor,
     options: LogitOptions,
     want_entropy: bool,
+    top: TopLogits | None,
 ) -> torch.Tensor:
     apply_logit_options(logits, options)
     inside = (local_ids >= 0) & (local_ids < logits.shape[1])
     column = torch.where(inside, local_ids, 0).long()[:, None]
     token_logit = logits.gather(1, column).squeeze(1).masked_fill(~inside, -torch.inf)
-    row_max = logits.amax(1)
-    shift_rows(logits, scratch, options, _finite_origin(row_max))
+    maxima = logits if top is None else span_maxima(logits)
+    row_max = maxima.amax(1)
+    origin = _finite_origin(row_max)
+    shift_rows(logits, scratch, options, origin)
     kept = scratch.gather(1, column).squeeze(1).masked_fill(inside, 0.0)
     scratch.scatter_(1, column, kept[:, None])
     others = scratch.sum(1)
+    if top is not None:
+        ids = local_ids.where(inside, -1)
+        note_top(top, logits, maxima, origin, others.log(), ids, token_logit, options)
     weighted = torch.zeros_like(others)
     if want_entropy:
         logits.clamp_(min=_LOG_ZERO)  # 0 * -inf

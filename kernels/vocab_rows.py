@@ -27,6 +27,13 @@ from grpo_engine.kernels.common import (
     on_device_of_first,
     use_triton,
 )
+from grpo_engine.kernels.top_logits import (
+    LOG_LEAST,
+    TOP,
+    TopLogits,
+    entries_above,
+    span_maxima,
+)
 from grpo_engine.kernels.vocab_rows_triton import (
     DLOGITS_BLOCKS,
     FOLD_BLOCKS,
@@ -133,15 +140,17 @@ def fold_rows(
     options: LogitOptions,
     want_entropy: bool,
     row_mask: torch.Tensor | None = None,
+    top: TopLogits | None = None,
 ) -> RowStats:
     """Log-probabilities of one chunk of rows.
 
     On a CPU ``logits`` (fp32) and ``scratch`` (same shape) are overwritten with what
     ``dlogits_rows`` continues from; the Triton path reads ``logits`` and leaves ``scratch`` alone.
+    ``top`` is filled where it is given (Triton path: but for rows outside ``row_mask``).
     """
     if not use_triton(logits):
         apply_logit_options(logits, options)
-        return _fold_rows_cpu(logits, scratch, token_ids, options, want_entropy)
+        return _fold_rows_cpu(logits, scratch, token_ids, options, want_entropy, top)
     num_rows, vocab = logits.shape
     stats = RowStats.empty(logits, num_rows, want_entropy)
     if num_rows == 0:
@@ -150,6 +159,7 @@ def fold_rows(
     _fold_rows_kernel[(num_rows,)](
         # outputs
         *stats,
+        *(top.outputs(logits, num_rows) if top else (None, None)),
         # inputs
         logits,
         token_ids,
@@ -165,6 +175,7 @@ def fold_rows(
         # constexprs
         **options.kernel_flags(row_mask),
         WITH_ENTROPY=want_entropy,
+        TOP=TOP if top else 0,
         BLOCK_V=block_size(vocab, most),
         num_warps=num_warps,
         **LAUNCH_OPTIONS,
@@ -260,11 +271,13 @@ def _fold_rows_cpu(
     token_ids: torch.Tensor,
     options: LogitOptions,
     want_entropy: bool,
+    top: TopLogits | None = None,
 ) -> RowStats:
-    row_max = logits.amax(1)
+    ids = token_ids[:, None].long()
+    maxima = logits if top is None else span_maxima(logits)
+    row_max, token_logit = maxima.amax(1), logits.gather(1, ids).squeeze(1)
     shift_rows(logits, scratch, options, row_max)
     shifted, exps = logits, scratch
-    ids = token_ids[:, None].long()
     token_shifted = shifted.gather(1, ids).squeeze(1)
     token_exp = token_shifted.exp()
     exps.scatter_(1, ids, 0.0)
@@ -273,6 +286,8 @@ def _fold_rows_cpu(
     log_sum = torch.where(is_max, torch.log1p(others), torch.log(others + token_exp))
     temperature = options.temperature_column()
     lse = (row_max[:, None] / temperature).squeeze(1) + log_sum
+    if top is not None:
+        note_top(top, shifted, maxima, row_max, log_sum, token_ids, token_logit, options)
     entropy = logits.new_empty(0)
     if want_entropy:
         shifted.clamp_(min=_LOG_ZERO)  # 0 * -inf
@@ -281,6 +296,26 @@ def _fold_rows_cpu(
         weighted += token_exp * token_shifted.clamp(min=_LOG_ZERO)
         entropy = log_sum - weighted / (others + token_exp)
     return RowStats(token_shifted - log_sum, entropy, lse, row_max, log_sum)
+
+
+def note_top(
+    top: TopLogits,
+    shifted: torch.Tensor,
+    maxima: torch.Tensor,
+    row_max: torch.Tensor,
+    log_sum: torch.Tensor,
+    token_ids: torch.Tensor,
+    token_logit: torch.Tensor,
+    options: LogitOptions,
+) -> None:
+    """Fill ``top`` from what ``shift_rows`` left (portable path); ``maxima`` are the logits'."""
+    temperature = options.temperature_column()
+    shifted_maxima = (maxima - row_max[:, None]) / temperature
+    rows, columns, values = entries_above(shifted, shifted_maxima, log_sum + LOG_LEAST)
+    if options.row_temperature is not None:
+        temperature = options.row_temperature[rows]
+    logits = values.double() * temperature + row_max[rows]  # whose exponentials were added up
+    top.take(token_ids, token_logit, rows, columns, logits)
 
 
 def _dlogits_rows_cpu(

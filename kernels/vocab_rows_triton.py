@@ -64,6 +64,36 @@ def _load_logits(
 
 
 @jit
+def _row_start(
+    row,
+    logits_ptr,
+    token_ids_ptr,
+    bias_ptr,
+    temperature_ptr,
+    temperature,
+    logit_scale,
+    softcap,
+    V,
+    stride_logits_n,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ROW_TEMPERATURE: tl.constexpr,
+):
+    """What a program reads of its row first: where its logits are, T, 1 / T, its token, whether
+    that is in [0, V), and its logit."""
+    temperature += tl.full([], 0.0, dtype=tl.float32)  # a tensor, for div_rn
+    if HAS_ROW_TEMPERATURE:
+        temperature = tl.load(temperature_ptr + row)
+    row_ptr = logits_ptr + row * stride_logits_n
+    token = tl.load(token_ids_ptr + row).to(tl.int64)
+    in_range = (token >= 0) & (token < V)
+    token_logit = _load_logits(
+        row_ptr, bias_ptr, token, in_range, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
+    )
+    return row_ptr, temperature, 1.0 / temperature, token, in_range, token_logit
+
+
+@jit
 def _online_sums(
     row_ptr,
     bias_ptr,
@@ -76,13 +106,17 @@ def _online_sums(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
+    WITH_TOP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """One read of a row: its maximum over all k; sums over k != y of e_k = exp(d_k) and (with
-    entropy) of e_k d_k, where d_k = (l_k - maximum) / T."""
+    entropy) of e_k d_k, where d_k = (l_k - maximum) / T; and (with top) the largest l_k, k != y,
+    that was read at each place of a block, and the start of that block."""
     row_max = token_logit
     others = 0.0
     weighted = 0.0
+    best = tl.full([BLOCK_V], -float("inf"), dtype=tl.float32)
+    best_start = tl.zeros([BLOCK_V], dtype=tl.int32)
     for start in range(0, V, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         mask_v = offs_v < V
@@ -91,6 +125,9 @@ def _online_sums(
         )
         # the padding is set to -inf here because softcap makes its -inf finite
         logits = tl.where(mask_v & (offs_v != token), logits, -float("inf"))
+        if WITH_TOP:
+            best_start = tl.where(logits > best, start, best_start)
+            best = tl.where(logits > best, logits, best)
         new_max = tl.maximum(row_max, tl.max(logits, axis=0))
         origin = tl.where(new_max == -float("inf"), 0.0, new_max)
         shifted = (logits - origin) * inv_temperature
@@ -102,7 +139,37 @@ def _online_sums(
             weighted += tl.sum(exps * tl.where(exps > 0.0, shifted, 0.0), axis=0)
         others = others * drop + tl.sum(exps, axis=0)
         row_max = new_max
-    return row_max, others, weighted
+    return row_max, others, weighted, best, best_start
+
+
+@jit
+def _store_top(
+    ids_ptr,
+    values_ptr,
+    token,
+    in_range,
+    token_logit,
+    best,
+    best_start,
+    BLOCK_V: tl.constexpr,
+    TOP: tl.constexpr,
+):
+    """A row of TopLogits (top_logits.py) from what ``_online_sums`` found at each place."""
+    tl.store(ids_ptr, tl.where(in_range, token, -1).to(tl.int32))
+    tl.store(values_ptr, token_logit)
+    # one integer that orders by the logit and holds the column: fp32 bits above, made to order as
+    # integers do, and 2^31 - 1 - column below
+    bits = best.to(tl.int32, bitcast=True)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    columns = best_start + tl.arange(0, BLOCK_V)
+    keys = (bits.to(tl.int64) << 32) | (0x7FFFFFFF - columns).to(tl.int64)
+    for place in tl.static_range(TOP):
+        key = tl.max(keys, axis=0)
+        bits = (key >> 32).to(tl.int32)
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        tl.store(ids_ptr + 1 + place, (0x7FFFFFFF - (key & 0x7FFFFFFF)).to(tl.int32))
+        tl.store(values_ptr + 1 + place, bits.to(tl.float32, bitcast=True))
+        keys = tl.where(keys == key, -0x7FFFFFFFFFFFFFFF, keys)
 
 
 @jit
@@ -113,6 +180,8 @@ def _fold_rows_kernel(
     lse_ptr,
     row_max_ptr,
     log_sum_ptr,
+    top_ids_ptr,  # [N, 1 + TOP] int32
+    top_values_ptr,  # [N, 1 + TOP] fp32
     # inputs
     logits_ptr,  # [N, V]
     token_ids_ptr,  # [N]
@@ -133,6 +202,7 @@ def _fold_rows_kernel(
     HAS_ROW_TEMPERATURE: tl.constexpr,
     HAS_ROW_MASK: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
+    TOP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # N * V passes 2^31 at 14,134 rows of 151,936
@@ -145,17 +215,22 @@ def _fold_rows_kernel(
             if WITH_ENTROPY:
                 tl.store(entropy_ptr + row, 0.0)
             return
-    if HAS_ROW_TEMPERATURE:
-        temperature = tl.load(temperature_ptr + row)
-    inv_temperature = 1.0 / temperature
-    row_ptr = logits_ptr + row * stride_logits_n
-    token = tl.load(token_ids_ptr + row).to(tl.int64)
-    in_range = (token >= 0) & (token < V)
-    token_logit = _load_logits(
-        row_ptr, bias_ptr, token, in_range, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
+    row_ptr, temperature, inv_temperature, token, in_range, token_logit = _row_start(
+        row,
+        logits_ptr,
+        token_ids_ptr,
+        bias_ptr,
+        temperature_ptr,
+        temperature,
+        logit_scale,
+        softcap,
+        V,
+        stride_logits_n,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+        HAS_ROW_TEMPERATURE,
     )
-
-    row_max, others, weighted = _online_sums(
+    row_max, others, weighted, best, best_start = _online_sums(
         row_ptr,
         bias_ptr,
         token,
@@ -167,9 +242,11 @@ def _fold_rows_kernel(
         HAS_BIAS,
         HAS_SOFTCAP,
         WITH_ENTROPY,
+        TOP > 0,
         BLOCK_V,
     )
-    token_shifted = (token_logit - row_max) * inv_temperature
+    # a product with 1 / T would round twice, by 1e-6 for a token 15 nats down
+    token_shifted = tl.div_rn(token_logit - row_max, temperature)
     token_exp = tl.exp(token_shifted)
     log_sum = tl.where(token_shifted == 0.0, _log1p(others), tl.log(others + token_exp))
     # An id outside [0, V) cannot raise from here without a host sync: it gives NaN.
@@ -181,6 +258,18 @@ def _fold_rows_kernel(
     if WITH_ENTROPY:
         weighted += tl.where(token_exp > 0.0, token_exp * token_shifted, 0.0)
         tl.store(entropy_ptr + row, log_sum - weighted / (others + token_exp))
+    if TOP > 0:
+        _store_top(
+            top_ids_ptr + row * (1 + TOP),
+            top_values_ptr + row * (1 + TOP),
+            token,
+            in_range,
+            token_logit,
+            best,
+            best_start,
+            BLOCK_V,
+            TOP,
+        )
 
 
 @jit

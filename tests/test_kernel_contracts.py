@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from grpo_engine import kernels
 from grpo_engine.kernels import (
     group_advantages,
     grpo_loss,
@@ -21,6 +23,60 @@ from grpo_engine.kernels.common import use_triton
 
 CHUNKS = importlib.import_module("grpo_engine.kernels.head_chunks")
 N, V, D = 24, 101, 16
+
+
+# What other trainers call by name; what an op has beyond is its own.
+PROMISED = {
+    "token_logprobs": "logits token_ids temperature return_entropy return_lse inplace_backward",
+    "linear_logprobs": "hidden weight token_ids bias temperature logit_softcap logit_scale "
+    "return_entropy return_lse row_mask tp_group",
+    "grpo_loss": "logprobs old_logprobs advantages cu_seqlens loss_mask ref_logprobs "
+    "sampler_logprobs entropy loss_type importance_level epsilon epsilon_high delta beta "
+    "kl_estimator kl_bias_correction is_correction is_clip entropy_coef max_completion_length "
+    "denominator",
+    "linear_grpo_loss": "hidden weight token_ids old_logprobs advantages bias temperature row_mask",
+    "group_advantages": "rewards group_ids scale ddof eps",
+    "pack_rollouts": "sequences fields",
+    "plan_batches": "lengths max_tokens num_ranks method equal_counts",
+}
+
+
+@pytest.mark.parametrize("op", PROMISED)
+def test_promised_arguments(op: str) -> None:
+    """Options are keyword-only, so that one more cannot change what a call means."""
+    parameters = inspect.signature(getattr(kernels, op)).parameters
+    names = PROMISED[op].split()
+    assert [name for name in parameters if name in names] == [n for n in names if n in parameters]
+    assert set(names) <= set(parameters)
+    options = [p for p in parameters.values() if p.default is not p.empty and p.name != "fields"]
+    assert all(p.kind is p.KEYWORD_ONLY for p in options)
+
+
+@pytest.mark.parametrize("name", [n for n in kernels.__all__ if n.endswith("_ref")])
+def test_reference_twins_take_what_the_op_takes(name: str) -> None:
+    op, ref = (inspect.signature(getattr(kernels, n)).parameters for n in (name[:-4], name))
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in ref.values())
+    for parameter in op.values():
+        if parameter.name in ref:
+            twin = ref[parameter.name]
+            assert (twin.kind, twin.default) == (parameter.kind, parameter.default)
+        else:
+            assert takes_more and parameter.kind in (
+                parameter.KEYWORD_ONLY,
+                parameter.VAR_KEYWORD,
+            ), parameter.name
+    named = {p.name for p in ref.values() if p.kind is not p.VAR_KEYWORD}
+    assert named <= set(op)
+
+
+def test_a_batch_that_is_all_masked_is_a_zero_with_a_graph(device) -> None:
+    for op in (linear_grpo_loss, kernels.linear_grpo_loss_ref):
+        made = make_inputs(torch.float32, device)
+        head = (made["hidden"], made["weight"], torch.arange(N, device=device))
+        fixed = torch.zeros(N, device=device)
+        loss, _, _ = op(*head, fixed, fixed, loss_mask=fixed)
+        loss.backward()
+        assert loss == 0 and (made["hidden"].grad == 0).all() and (made["weight"].grad == 0).all()
 
 
 def make_inputs(dtype: torch.dtype, device: torch.device) -> dict:

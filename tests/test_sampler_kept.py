@@ -7,7 +7,13 @@ import importlib
 import pytest
 import torch
 
-from grpo_engine.kernels import kept_by_sampler, linear_kept_by_sampler, linear_logprobs
+from grpo_engine.kernels import (
+    kept_by_sampler,
+    kept_by_sampler_ref,
+    linear_kept_by_sampler,
+    linear_kept_by_sampler_ref,
+    linear_logprobs,
+)
 from grpo_engine.kernels.truncated_mask import kept_mask
 
 MODULE = importlib.import_module("grpo_engine.kernels.sampler_kept")
@@ -54,6 +60,24 @@ def test_keeps_what_transformers_keeps(top_k, top_p, temperature, device) -> Non
         for row, count in zip(chosen, number.tolist(), strict=True):
             assert torch.equal(row[:count], row[:count].sort(descending=True).values)
         assert (kept[torch.arange(top_k, device=device) >= number[:, None]] == -1).all()
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [*BY_TOP_K, *BY_TOP_P, (300, 0.9)])
+def test_agrees_with_the_specification(top_k, top_p, device) -> None:
+    logits = make_logits(12, 203).to(device)
+    temperature = torch.linspace(0.6, 1.7, 12, device=device)
+    options = {"top_k": top_k, "top_p": top_p, "temperature": temperature}
+    assert torch.equal(kept_by_sampler(logits, **options), kept_by_sampler_ref(logits, **options))
+
+    generator = torch.Generator().manual_seed(top_k)
+    hidden, weight = torch.randn(12, 16, generator=generator), torch.eye(203, 16)
+    weight += torch.randn(203, 16, generator=generator)
+    head = {"bias": torch.linspace(-1, 1, 203), "logit_softcap": 9.0, "logit_scale": 0.7}
+    head["bias"] = head["bias"].to(device)
+    arguments = (hidden.to(device), weight.to(device))
+    ours = linear_kept_by_sampler(*arguments, **options, **head)
+    spec = linear_kept_by_sampler_ref(*arguments, **options, **head)
+    assert torch.equal(kept_mask(ours, 203), kept_mask(spec, 203))
 
 
 def test_temperature_comes_before_top_p(device) -> None:

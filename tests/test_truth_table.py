@@ -71,21 +71,8 @@ def test_our_bounds_hold_on_triton(dtype, device):
 
 @pytest.mark.slow
 def test_our_bounds_hold_on_the_vocabularies_of_models(device):
-    cases = [c for c in truth_cases(device) if c.source == "random" and c.values != "large"]
+    cases = [c for c in truth_cases(device) if c.source == "random"]
     assert complaints(cases, table.DTYPES, device) == []
-
-
-@pytest.mark.slow
-def test_the_largest_logits_cost_some_spacings_of_fp32(device):
-    """Logits of 60 are 3.8e-6 apart in fp32, and a product over D rounds several times: there the
-    log-probabilities miss 1e-5, and the table says so. All else keeps its bound."""
-    cases = [c for c in truth_cases(device) if c.values == "large"]
-    allowed = 8 * 2.0**-18
-    for row in rows_of(cases, [*OURS, *PLAIN], table.DTYPES, device):
-        assert not row.ours or row.status in (table.OK, table.MISSES, table.CANNOT, table.ABSENT)
-        if row.ours and row.errors:
-            assert all(reason.startswith("logprobs ") for reason in row.reasons)
-        assert not row.ours or row.errors.get("logprobs", 0.0) <= allowed
 
 
 def test_the_cases_cover_what_they_must():
