@@ -1,13 +1,14 @@
 """R1-Zero on the miniature, several seeds: does accuracy rise, do the answers grow, how long does
 it take?
 
-    python benchmarks/r1_zero_seeds.py [--seeds 0 1 2] [--out FILE]
+    python benchmarks/r1_zero_seeds.py [--seeds 0 1 2] [--out FILE] [--field value ...]
 
 Runs the recipe r1-zero-miniature once per seed, one after another, each in a fresh process, and
 keeps the curves: held-out accuracy (reasoning-gym problems that neither the base model's corpus nor
 RL contains) and mean response length at every evaluation, reward, accuracy and length of every
 rollout. ``train_s`` is the time of all steps (sampling, rewards, updates); ``wall_s`` also holds
-start-up, evaluations, checkpoints and the report.
+start-up, evaluations, checkpoints and the report. A run with other fields than the recipe's needs
+an --out of its own.
 """
 
 from __future__ import annotations
@@ -30,10 +31,18 @@ from grpo_engine.metrics import read_metrics
 RESULTS = Path(__file__).parent / "results"
 RECIPE = "r1-zero-miniature"
 EVALUATED = ("eval/accuracy", "eval/mean_length", "eval/clipped_ratio")
-SAMPLED = ("reward", "rewards/accuracy/mean", "completions/mean_length", "kl", "entropy")
+SAMPLED = (
+    "reward",
+    "rewards/accuracy/mean",
+    "completions/mean_length",
+    "kl",
+    "entropy",
+    "sparse/dropped_mass",
+    "sparse/rows",
+)
 
 
-def run(seed: int) -> dict:
+def run(seed: int, fields: list[str]) -> dict:
     command = [
         sys.executable,
         "-m",
@@ -43,6 +52,7 @@ def run(seed: int) -> dict:
         RECIPE,
         "--device",
         "cpu",
+        *fields,
     ]
     with TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -96,13 +106,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=RESULTS / "r1_zero_miniature_cpu.json")
-    args = parser.parse_args()
+    args, fields = parser.parse_known_args()
+    if fields and args.out == parser.get_default("out"):
+        parser.error(f"{' '.join(fields)}: another run than the recipe's needs its own --out")
     runs = []
     for seed in args.seeds:
-        runs.append(run(seed))
+        runs.append(run(seed, fields))
         print(table(runs[-1:]).splitlines()[-1], flush=True)
     result = {
-        "command": "python benchmarks/r1_zero_seeds.py",
+        "command": " ".join(["python benchmarks/r1_zero_seeds.py", *fields]),
         "recipe": RECIPE,
         "hardware": f"CPU, {platform.machine()}, {os.cpu_count()} cores",
         "code": code_version(),

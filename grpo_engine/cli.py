@@ -11,8 +11,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from textwrap import wrap
+from typing import Any, NamedTuple
 
 from grpo_engine import __version__
 from grpo_engine.types import UserError
@@ -20,23 +23,70 @@ from grpo_engine.types import UserError
 USAGE = """\
 grpo-engine {version}
 
+  grpo-engine r1 [--recipe NAME | --config FILE.yaml] [--STAGE.field value ...]
+                   every stage of DeepSeek-R1, one after another; goes on where it was stopped
+       --dry-run         check every stage, print the plan with its tokens and memory; r1 --help
   grpo-engine grpo [--recipe NAME | --config FILE.yaml] [--field value ...]
                    train a policy with GRPO
        --resume [DIR]    continue the run in DIR (default: output_dir) from its newest checkpoint
        --overwrite       replace the run that output_dir holds
-       --dry-run         check everything, print the plan, train nothing
+       --dry-run         print tokens and memory, check everything, print the plan, train nothing
+  grpo-engine sft [--recipe NAME | --config FILE.yaml] [--field value ...]
+                   fine-tune on prompts with completions, or on conversations; flags as grpo
+  grpo-engine distill [--recipe NAME | --config FILE.yaml] [--field value ...]
+                   the same for a student on a teacher's answers; flags as grpo
+  grpo-engine reward-model [--recipe NAME | --config FILE.yaml] [--field value ...]
+                   train a scalar head on preference pairs (helpful) or safety labels; flags as grpo
+  grpo-engine sample [--recipe NAME | --config FILE.yaml] [--field value ...]
+                   sample answers and keep the right and readable ones as training data
+                   (cold start, rejection sampling); goes on where it was stopped
+  grpo-engine preferences [--recipe NAME | --config FILE.yaml] [--field value ...]
+                   pairs judged by a chat model (helpful), or answers labelled safe or unsafe;
+                   goes on where it was stopped
   grpo-engine eval --data FILE [--config FILE.yaml] [--field value ...]
                    pass@1, pass@k and cons@k of a model; goes on where it was stopped
        --overwrite       begin anew in output_dir
-       --dry-run         check everything, print the plan, sample nothing
+       --dry-run         print tokens and memory, check everything, print the plan, sample nothing
   grpo-engine bench [--quick] [--job NAME] [--compare BASELINE] ...
                    every kernel beside plain torch and installed rivals; bench --help
   grpo-engine report DIR        write DIR/report.html again
   grpo-engine doctor [--json]   versions, devices, and every kernel against its reference
 
-Recipes: {recipes}
-Fields:  grpo-engine grpo --help, grpo-engine eval --help
+Recipes of a verb:
+{recipes}
+Fields:  grpo-engine <verb> --help
 """
+
+
+class Stage(NamedTuple):
+    """A verb with a configuration. ``run(config, recipe=, overwrite=, dry_run=)`` returns the exit
+    code; one that ``resumes`` also takes ``resume``, another goes on where it stopped."""
+
+    config: str  # module:class
+    run: str  # module:function
+    resumes: bool = True
+
+
+STAGES = {
+    "grpo": Stage("grpo_engine.config:GRPOConfig", "grpo_engine.train:train_grpo"),
+    "sft": Stage("grpo_engine.sft_config:SFTConfig", "grpo_engine.sft:run_sft"),
+    "distill": Stage("grpo_engine.sft_config:DistillConfig", "grpo_engine.sft:run_sft"),
+    "reward-model": Stage(
+        "grpo_engine.reward_model_config:RewardModelConfig",
+        "grpo_engine.reward_model:run_reward_model",
+    ),
+    "sample": Stage(
+        "grpo_engine.rejection.config:SampleConfig", "grpo_engine.rejection.run:run_sample", False
+    ),
+    "preferences": Stage(
+        "grpo_engine.preferences.config:PreferencesConfig",
+        "grpo_engine.preferences.run:run_preferences",
+        False,
+    ),
+    "eval": Stage(
+        "grpo_engine.evaluation.config:EvalConfig", "grpo_engine.evaluation.run:run_eval", False
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,11 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(args: list[str]) -> int:
-    verbs = {"grpo": _grpo, "eval": _eval, "bench": _bench, "report": _report, "doctor": _doctor}
+    verbs = {verb: partial(_stage, verb) for verb in STAGES}
+    verbs |= {"r1": _r1, "bench": _bench, "report": _report, "doctor": _doctor}
     if not args or args[0] in ("-h", "--help", "help"):
-        from grpo_engine.config import recipe_names
-
-        print(USAGE.format(version=__version__, recipes=", ".join(recipe_names())), end="")
+        print(USAGE.format(version=__version__, recipes=_recipes()), end="")
         return 0
     if args[0] in ("-V", "--version"):
         print(__version__)
@@ -69,9 +118,23 @@ def _dispatch(args: list[str]) -> int:
     verb, rest = args[0], args[1:]
     if verb not in verbs:
         raise UserError(f"{verb}: no such verb; there are {', '.join(verbs)}")
-    if verb not in ("grpo", "eval", "bench") and {"-h", "--help"} & set(rest):
+    if verb in ("report", "doctor") and {"-h", "--help"} & set(rest):
         return _dispatch([])
     return verbs[verb](rest)
+
+
+def _recipes() -> str:
+    """The recipes in the package, a line or more a verb."""
+    from grpo_engine.settings import load_recipe, recipe_names
+
+    by_verb: dict[str, list[str]] = {}
+    for name in recipe_names():
+        by_verb.setdefault(str(load_recipe(name).get("stage")), []).append(name)
+    lines = []
+    for verb in sorted(by_verb, key=[*STAGES, *by_verb].index):
+        names = ", ".join(by_verb[verb])
+        lines += wrap(names, 98, initial_indent=f"  {verb:<15}", subsequent_indent=" " * 17)
+    return "\n".join(lines)
 
 
 def parse_flags(
@@ -114,89 +177,86 @@ def parse_flags(
     return pairs, special
 
 
-def _grpo(args: list[str]) -> int:
-    if "--help" in args or "-h" in args:
-        _print_fields()
+def _stage(verb: str, args: list[str]) -> int:
+    """Run one stage of training or judging: its configuration from recipe, file, folder and flags,
+    then its run function."""
+    from grpo_engine.settings import build_config
+
+    stage = STAGES[verb]
+    config_class = _named(stage.config)
+    if {"-h", "--help"} & set(args):
+        usage = f"grpo-engine {verb} [--recipe NAME | --config FILE.yaml] [--field value ...]"
+        print(f"{usage}\n\nFields (default):\n{config_class.help_text()}")
         return 0
-    from grpo_engine.config import apply_overrides, build_config, load_recipe, load_yaml
-
-    pairs, special = parse_flags(args, switches=("overwrite", "dry_run"), optional=("resume",))
-    if "recipe" in special and "config" in special:
-        raise UserError(
-            f"--recipe {special['recipe']} and --config {special['config']}: give one of them"
-        )
+    optional = ("resume",) if stage.resumes else ()
+    pairs, special = parse_flags(args, switches=("overwrite", "dry_run"), optional=optional)
     resume = special.get("resume")
-    if resume is not None and special.get("overwrite"):
-        raise UserError("--resume and --overwrite: give one of them")
-    if "recipe" in special:
-        values = load_recipe(special["recipe"])
-    elif "config" in special:
-        values = load_yaml(special["config"])
-    elif resume is not None:
-        from grpo_engine.prepare import saved_config
-
-        resume = dict(pairs).get("output_dir") if resume is True else resume
+    if resume is True:
+        resume = dict(pairs).get("output_dir")
         if resume is None:
             raise UserError("--resume: name the run's folder")
-        values = saved_config(resume)
-    elif pairs:
-        values = {}
-    else:
-        raise UserError(
-            "grpo: needs --recipe NAME, --config FILE.yaml, --resume DIR or --field value flags"
-        )
-    config = build_config(apply_overrides(values, pairs))
-    if isinstance(resume, str) and "output_dir" in dict(pairs):
-        from grpo_engine.prepare import run_folder
+    config = build_config(_stage_values(verb, pairs, special, resume), config_class, pairs)
+    options = {"resume": resume} if stage.resumes else {}
+    if resume is not None and "output_dir" in dict(pairs):
+        from grpo_engine.run_folder import run_folder
 
         if run_folder(resume).resolve() != Path(config.output_dir).resolve():
             raise UserError(
                 f"--resume {resume} --output_dir {config.output_dir}: a run continues in its folder"
             )
-    from grpo_engine.train import train_grpo
+    if special.get("dry_run"):
+        from grpo_engine.pipeline.plan import print_estimate
 
-    return train_grpo(
+        print_estimate(verb, config)
+    return _named(stage.run)(
         config,
         recipe=special.get("recipe"),
-        resume=config.output_dir if resume is True else resume,
         overwrite=bool(special.get("overwrite")),
         dry_run=bool(special.get("dry_run")),
+        **options,
     )
 
 
-def _print_fields() -> None:
-    from grpo_engine.config import GRPOConfig
+def _stage_values(
+    verb: str, pairs: list[tuple[str, str]], special: dict[str, Any], resume: str | None
+) -> dict[str, Any]:
+    """The fields that the flags are laid over."""
+    from grpo_engine.settings import load_recipe, load_yaml
 
-    print(
-        "grpo-engine grpo [--recipe NAME | --config FILE.yaml] [--field value ...]\n\n"
-        "Fields (default):"
-    )
-    for name, field in GRPOConfig.model_fields.items():
-        note = f"  {field.description}" if field.description else ""
-        print(f"  --{name} ({field.get_default(call_default_factory=True)!r}){note}")
+    if "recipe" in special and "config" in special:
+        raise UserError(
+            f"--recipe {special['recipe']} and --config {special['config']}: give one of them"
+        )
+    if resume is not None and special.get("overwrite"):
+        raise UserError("--resume and --overwrite: give one of them")
+    if "recipe" in special:
+        return load_recipe(special["recipe"], verb)
+    if "config" in special:
+        return load_yaml(special["config"])
+    if resume is not None:
+        from grpo_engine.run_folder import saved_config
+
+        return saved_config(resume)
+    if not pairs:
+        words = "--recipe NAME, --config FILE.yaml, --resume DIR or --field value flags"
+        raise UserError(f"{verb}: needs {words}")
+    return {}
 
 
-def _eval(args: list[str]) -> int:
-    from grpo_engine.evaluation.config import EvalConfig, build_eval_config
+def _named(path: str) -> Any:
+    """The object that ``module:name`` names."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+def _r1(args: list[str]) -> int:
+    from grpo_engine.pipeline.command import run_r1, usage
 
     if {"-h", "--help"} & set(args):
-        usage = "grpo-engine eval --data FILE [--config FILE.yaml] [--field value ...]"
-        print(f"{usage}\n\nFields (default):\n{EvalConfig.help_text()}")
+        print(usage(), end="")
         return 0
     pairs, special = parse_flags(args, switches=("overwrite", "dry_run"))
-    if "recipe" in special:
-        raise UserError(f"--recipe {special['recipe']}: eval has no recipes")
-    values: dict[str, Any] = {}
-    if "config" in special:
-        from grpo_engine.config import load_yaml
-
-        values = load_yaml(special["config"])
-    config = build_eval_config(values, pairs)
-    from grpo_engine.evaluation.run import run_eval
-
-    return run_eval(
-        config, overwrite=bool(special.get("overwrite")), dry_run=bool(special.get("dry_run"))
-    )
+    return run_r1(pairs, special)
 
 
 def _bench(args: list[str]) -> int:
@@ -218,8 +278,11 @@ def _report(args: list[str]) -> int:
     if len(args) != 1 or args[0].startswith("-"):
         raise UserError(f"report {' '.join(args)}: needs one argument, the folder of a run")
     from grpo_engine.report import write_report
+    from grpo_engine.report.pipeline import write_pipeline_report
+    from grpo_engine.report.pipeline_record import holds_pipeline
 
-    print(write_report(args[0]))
+    write = write_pipeline_report if holds_pipeline(args[0]) else write_report
+    print(write(args[0]))
     return 0
 
 

@@ -1,61 +1,45 @@
-"""Configuration: one flat set of typed fields, from a recipe or YAML file, overridden by flags.
-
-Names follow TRL where TRL has one. A wrong field or value raises ``UserError`` with one line that
-names the field and the value. A leaf of the engine: imports only ``types``.
-"""
+"""The fields of a GRPO run, on top of those of any training run (``settings``). A leaf."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
-from grpo_engine.types import UserError
+from grpo_engine import settings
+from grpo_engine.settings import PromptConfig, TrainConfig
+
+# Rewards that a saved reward model gives, and the fields that name and scale it.
+MODEL_REWARDS = ("helpful", "safety")
+Scale = Literal["raw", "standardised", "probability"]
 
 
-class GRPOConfig(BaseModel):
+class RowSource(BaseModel):
+    """One of several data sources. ``domain`` is that of rows without one in ``domain_column``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    source: str
+    args: dict[str, Any] = {}
+    split: str | None = None
+    limit: int | None = Field(None, ge=1)
+    prompt_column: str = "prompt"
+    domain: str | None = None
+    domain_column: str = "domain"
+
+
+class GRPOConfig(PromptConfig, TrainConfig):
     """Everything a GRPO run depends on; the resolved copy is saved as ``config.yaml``."""
 
-    model_config = ConfigDict(
-        extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
-    )
+    stage: ClassVar[str] = "grpo"
+    output_dir: str = Field("runs/grpo", description="the run's folder")
 
     # --- what to train on -----------------------------------------------------------------------
-    model: str = Field(
-        "miniature",
-        description="local folder, Hugging Face id, or 'miniature' / 'smollm2-135m-instruct'",
-    )
     dataset: str = Field(
-        "reasoning_gym:chain_sum",
-        description="*.jsonl, *.parquet, Hugging Face id or folder, or reasoning_gym:<task>",
-    )
-    dataset_args: dict[str, Any] = Field(
-        {}, description="arguments of the data source (reasoning_gym: seed, size, task options)"
-    )
-    dataset_split: str | None = Field(None, description="split of a Hugging Face dataset")
-    dataset_limit: int | None = Field(None, ge=1, description="use only the first rows")
-    prompt_column: str = Field(
-        "prompt", description="column that holds the prompt (text or messages)"
+        "reasoning_gym:chain_sum", description=TrainConfig.model_fields["dataset"].description
     )
     solution_column: str = Field("solution", description="column that holds the ground truth")
-    prompt_template: Literal["r1-zero", "chat", "none"] = Field(
-        "r1-zero", description="how a row becomes the model's prompt"
-    )
-    system_prompt: str | None = Field(None, description="system message (template 'chat')")
-    prompt_suffix: str | None = Field(
-        None, description="text put behind every question (template 'chat')"
-    )
-    few_shot: list[dict[str, str]] = Field(
-        [], description="{prompt, completion} examples shown as earlier turns (template 'chat')"
-    )
-    response_prefix: str | None = Field(
-        None, description="text every answer is made to begin with, such as '<think>'"
-    )
     long_prompts: Literal["error", "skip"] = Field(
         "error", description="rows whose prompt exceeds max_prompt_length"
     )
@@ -67,12 +51,58 @@ class GRPOConfig(BaseModel):
     reward_weights: list[float] | None = Field(
         None, description="one weight a reward function; default 1 each (the paper's plain sum)"
     )
-
+    reward_args: dict[str, dict[str, Any]] = Field(
+        {},
+        description="arguments of reward functions, by name, such as {judge: {chat_model: ...}}",
+    )
     batched_reward_funcs: list[str] = Field(
         [],
         description="those of reward_funcs (TRL signature) that compare completions with each "
         "other: one call for a whole rollout, within reward_timeout",
     )
+
+    # --- all scenarios (see grpo_engine.scenarios) ------------------------------------------------
+    reward_domains: dict[str, list[str]] = Field(
+        {},
+        description="{reward: domains of the rows it applies to}; one that is not named applies to "
+        "all rows",
+    )
+    dataset_domain: str | None = Field(
+        None, description="domain of the rows of dataset that name none"
+    )
+    general_dataset: list[RowSource] = Field(
+        [],
+        description="sources of general prompts: {source, args, split, limit, prompt_column, "
+        "domain, domain_column}; their rows count alike",
+    )
+    general_eval_dataset: list[RowSource] = Field(
+        [],
+        description="held-out general prompts, likewise; the reward models' mean scores of the "
+        "answers are eval/helpful and eval/safety",
+    )
+    general_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="share of a rollout's prompts that are general, once they join (the paper does "
+        "not report it; of its RL prompts 78K are general, 80K reasoning)",
+    )
+    preference_steps: int | None = Field(
+        None,
+        ge=1,
+        description="general prompts, and with them the rewards of preference, only in the last K "
+        "steps (paper: 400 of 1,700); null = in all",
+    )
+    helpful_model: str | None = Field(
+        None, description="folder of the reward model behind the reward 'helpful'"
+    )
+    safety_model: str | None = Field(
+        None, description="folder of the reward model behind the reward 'safety'"
+    )
+    helpful_scale: Scale | None = Field(
+        None, description="scale of the scores; null = as saved with the model (not in the paper)"
+    )
+    safety_scale: Scale | None = Field(None, description="likewise")
 
     # --- rollout --------------------------------------------------------------------------------
     prompts_per_generation: int = Field(
@@ -87,7 +117,11 @@ class GRPOConfig(BaseModel):
     temperature: float = Field(
         1.0, description="sampling temperature, also of the training log-probs"
     )
-    top_p: float = Field(1.0)
+    top_p: float = Field(
+        1.0,
+        description="below 1, and with top_k, all log-probs and the entropy are over the ids that "
+        "a token was drawn from",
+    )
     top_k: int = Field(0, ge=0, description="0 = all")
     generation_batch_size: int = Field(512, ge=1, description="most sequences decoded at once")
     generation_batch_tokens: int = Field(
@@ -100,29 +134,6 @@ class GRPOConfig(BaseModel):
         16, ge=1, description="mini-batches a rollout is randomly split into (paper: 16)"
     )
     num_iterations: int = Field(1, ge=1, description="passes over each rollout (paper: 1)")
-    max_tokens_per_microbatch: int = Field(
-        40960, ge=1, description="packed tokens per forward pass"
-    )
-    learning_rate: float = Field(3e-6, gt=0)
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    min_learning_rate: float = Field(0.0, ge=0, description="end of the linear / cosine schedule")
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-
-    # --- LoRA (needs peft) ----------------------------------------------------------------------
-    lora_r: int | None = Field(
-        None, ge=1, description="rank of an adapter trained in place of the weights; null = none"
-    )
-    lora_alpha: int | None = Field(
-        None, ge=1, description="the adapter counts lora_alpha / lora_r; default 2 x lora_r"
-    )
-    lora_target_modules: str | list[str] = Field(
-        "all-linear", description="layers with an adapter: all-linear (but the head), or names"
-    )
 
     # --- loss (see grpo_engine.kernels.grpo_loss) ------------------------------------------------
     loss_type: Literal[
@@ -158,18 +169,21 @@ class GRPOConfig(BaseModel):
     mask_truncated_completions: bool = Field(
         False, description="give completions cut by the cap no loss"
     )
+    sparse_delta: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="drop at most this share of each token's probability from the head's gradient "
+        "(certified sparse backward: cheaper where the policy is sure of itself); null = exact",
+    )
+    sparse_max_entries: int = Field(
+        64, ge=1, le=128, description="a token that needs more entries than this is done exactly"
+    )
     ref_model_sync_steps: int | None = Field(
         400, ge=1, description="replace the reference by the policy every K steps; null = never"
     )
 
-    # --- machine --------------------------------------------------------------------------------
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
-    bf16: bool = Field(False, description="bf16 autocast over fp32 weights")
-    attention: Literal["auto", "torch", "flash-attn", "buckets"] = Field(
-        "auto",
-        description="packed attention: torch varlen or flash-attn on CUDA, length buckets on CPU",
-    )
-    gradient_checkpointing: bool = False
+    # --- reward workers -------------------------------------------------------------------------
     reward_workers: int = Field(2, ge=1)
     reward_timeout: float = Field(
         10.0, gt=0, description="seconds for one completion and one reward function"
@@ -179,33 +193,24 @@ class GRPOConfig(BaseModel):
     )
 
     # --- the run's folder -----------------------------------------------------------------------
-    output_dir: str = "runs/grpo"
-    seed: int = Field(0, ge=0)
-    save_steps: int = Field(100, ge=1)
-    save_total_limit: int = Field(2, ge=1)
     log_completions_steps: int = Field(10, ge=1)
-    eval_dataset: str | None = Field(None, description="held-out rows; null = no evaluation")
-    eval_dataset_args: dict[str, Any] = Field({})
-    eval_dataset_split: str | None = None
-    eval_limit: int | None = Field(200, ge=1)
-    eval_steps: int = Field(50, ge=1)
     eval_temperature: float = 1.0
     eval_top_p: float = 1.0
     eval_reward: str = Field(
         "accuracy", description="the reward function whose mean is eval/accuracy"
     )
 
-    @model_validator(mode="after")
-    def _consistent(self) -> GRPOConfig:
-        for problems in (
-            self._sampling_problems,
-            self._batch_problems,
-            self._lora_problems,
-            self._loss_problems,
-        ):
-            for problem in problems():
-                raise ValueError(problem)
-        return self
+    RESUMABLE_FIELDS: ClassVar[frozenset[str]] = TrainConfig.RESUMABLE_FIELDS | {
+        *("log_completions_steps", "generation_batch_size"),
+        *("reward_workers", "reward_timeout", "max_reward_error_rate"),
+    }
+
+    def _problems(self) -> Iterator[str]:
+        yield from self._sampling_problems()
+        yield from self._batch_problems()
+        yield from super()._problems()
+        yield from self._loss_problems()
+        yield from self._scenario_problems()
 
     def _sampling_problems(self) -> Iterator[str]:
         if self.num_generations < 2:
@@ -221,14 +226,6 @@ class GRPOConfig(BaseModel):
             value = getattr(self, name)
             if not 0 < value <= 1:
                 yield f"{name}={value}: must be in (0, 1]"
-
-        truncated = self.top_p < 1 or self.top_k > 0
-        if truncated and self.old_logprobs == "sampler" and self.updates_per_rollout > 1:
-            yield (
-                f"old_logprobs='sampler': with top_p={self.top_p}, top_k={self.top_k} the "
-                "sampler's log-probs are of a truncated distribution, the trainer's are not; "
-                "use 'recompute'"
-            )
 
     def _batch_problems(self) -> Iterator[str]:
         outputs = self.prompts_per_generation * self.num_generations
@@ -250,13 +247,6 @@ class GRPOConfig(BaseModel):
                 f"have {longest} tokens (max_prompt_length + max_completion_length)"
             )
 
-    def _lora_problems(self) -> Iterator[str]:
-        if self.lora_r is None:
-            for name in ("lora_alpha", "lora_target_modules"):
-                value = getattr(self, name)
-                if value != type(self).model_fields[name].default:
-                    yield f"{name}={value!r}: has no meaning without lora_r"
-
     def _loss_problems(self) -> Iterator[str]:
         weights, every = self.reward_weights, self.ref_model_sync_steps
         if weights is not None and len(weights) != len(self.reward_funcs):
@@ -264,6 +254,12 @@ class GRPOConfig(BaseModel):
                 f"reward_weights={weights}: {len(weights)} weights for "
                 f"{len(self.reward_funcs)} reward_funcs"
             )
+        for name in self.reward_args:
+            if name in MODEL_REWARDS:
+                yield f"reward_args: {name!r} is a reward model and takes none"
+            functions = (*self.reward_funcs, self.eval_reward)
+            if name not in functions and name not in [f.rpartition(":")[2] for f in functions]:
+                yield f"reward_args: {name!r} is not among reward_funcs {self.reward_funcs}"
         for name in self.batched_reward_funcs:
             if name not in self.reward_funcs:
                 yield (
@@ -276,16 +272,45 @@ class GRPOConfig(BaseModel):
                 f"{self.updates_per_rollout} steps of a rollout (steps_per_generation x "
                 "num_iterations), so that one rollout has one reference"
             )
+        if self.sparse_delta is None and self.sparse_max_entries != 64:
+            yield (
+                f"sparse_max_entries={self.sparse_max_entries}: has no meaning without sparse_delta"
+            )
         if self.is_correction and self.old_logprobs == "sampler":
             yield (
                 f"is_correction={self.is_correction!r}: compares old_logprobs with the sampler's, "
                 "so it needs old_logprobs='recompute'"
             )
-        if self.lr_scheduler_type == "constant" and self.min_learning_rate:
-            yield (
-                f"min_learning_rate={self.min_learning_rate}: has no meaning with "
-                "lr_scheduler_type='constant'"
-            )
+
+    def _scenario_problems(self) -> Iterator[str]:
+        for name in MODEL_REWARDS:
+            model = getattr(self, f"{name}_model")
+            if name in self.reward_funcs and model is None:
+                yield f"reward_funcs={self.reward_funcs}: {name!r} needs --{name}_model"
+            if name not in self.reward_funcs:
+                for field in (f"{name}_model", f"{name}_scale"):
+                    if getattr(self, field) is not None:
+                        yield f"{field}={getattr(self, field)!r}: {name!r} is not in reward_funcs"
+        if self.eval_reward in MODEL_REWARDS:
+            yield f"eval_reward={self.eval_reward!r}: a reward model is no measure of accuracy"
+        for name, domains in self.reward_domains.items():
+            if not domains or len(set(domains)) < len(domains):
+                yield f"reward_domains: {name}: {domains}: wanted some domains, each once"
+        if self.general_dataset and not self.reward_domains:
+            yield "general_dataset: needs reward_domains, to say which rewards its rows get"
+        if self.dataset_domain is not None and not self.reward_domains:
+            yield f"dataset_domain={self.dataset_domain!r}: has no meaning without reward_domains"
+        if self.general_eval_dataset and not (self.eval_dataset and self.general_dataset):
+            yield "general_eval_dataset: needs eval_dataset and general_dataset"
+        for name in ("general_share", "preference_steps"):
+            value = getattr(self, name)
+            if not self.general_dataset and value != type(self).model_fields[name].default:
+                yield f"{name}={value}: has no meaning without general_dataset"
+
+    @property
+    def length_is_fixed(self) -> bool:
+        """The last ``preference_steps`` are counted from the end too."""
+        return super().length_is_fixed or self.preference_steps is not None
 
     def completion_caps(self) -> dict[int, int]:
         cap = self.max_completion_length
@@ -327,89 +352,6 @@ class GRPOConfig(BaseModel):
         return self.reward_weights or [1.0] * len(self.reward_funcs)
 
 
-def recipe_names() -> list[str]:
-    folder = resources.files("grpo_engine") / "recipes"
-    return sorted(
-        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
-    )
-
-
-def load_recipe(name: str) -> dict[str, Any]:
-    path = resources.files("grpo_engine") / "recipes" / f"{name}.yaml"
-    if not path.is_file():
-        raise UserError(f"--recipe {name}: no such recipe; there are {', '.join(recipe_names())}")
-    return _parse_yaml(path.read_text(encoding="utf-8"), f"recipe {name}")
-
-
-def load_yaml(path: str) -> dict[str, Any]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"--config {path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read ({error})") from error
-    return _parse_yaml(text, f"--config {path}")
-
-
-def _parse_yaml(text: str, where: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: must hold 'field: value' lines, found {type(values).__name__}")
-    return values
-
-
-def apply_overrides(values: dict[str, Any], overrides: list[tuple[str, str]]) -> dict[str, Any]:
-    """Lay ``--field value`` pairs over ``values``; ``a.b`` reaches into a mapping; values are
-    YAML."""
-    merged = dict(values)
-    for name, text in overrides:
-        try:
-            value = text if _is_text(name) and text != "null" else yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(
-                f"--{name} {text}: not a valid value ({' '.join(str(error).split())})"
-            ) from error
-        head, _, rest = name.partition(".")
-        if rest:
-            inner = merged.get(head) or {}
-            if not isinstance(inner, dict):
-                raise UserError(
-                    f"--{name} {text}: {head} is {inner!r}, which has no field {rest!r}"
-                )
-            merged[head] = {**inner, rest: value}
-        else:
-            merged[head] = value
-    return merged
-
-
-def _is_text(name: str) -> bool:
-    """Whether the field holds text, which YAML would turn into a date or a number."""
-    field = GRPOConfig.model_fields.get(name)
-    return field is not None and field.annotation in (str, str | None)
-
-
 def build_config(values: dict[str, Any]) -> GRPOConfig:
-    """Validate; every problem becomes one ``UserError`` line naming field and value."""
-    fields = GRPOConfig.model_fields
-    for name in values:
-        if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(f"--{name} {values[name]!r}: unknown field{hint}")
-    try:
-        return GRPOConfig(**values)
-    except ValidationError as error:
-        first, *others = error.errors()
-        field = str(first["loc"][0]) if first["loc"] else ""
-        message = first["msg"].removeprefix("Value error, ")
-        line = f"--{field} {first['input']!r}: {message}" if field else message
-        more = f" (and {len(others)} more)" if others else ""
-        raise UserError(line + more) from error
-
-
-def config_text(config: GRPOConfig) -> str:
-    """The resolved configuration as YAML; ``build_config`` reads it back the same."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The configuration of a GRPO run, validated. See ``settings.build_config``."""
+    return settings.build_config(values, GRPOConfig)

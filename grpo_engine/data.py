@@ -16,11 +16,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_engine.models.general import miniature_rows
 from grpo_engine.types import UserError
 
 Row = dict[str, Any]
 
 _TASK_PREFIX = "reasoning_gym:"
+_MINIATURE_PREFIX = "miniature:"
 # As of reasoning_gym 0.1.25.
 _UNUSABLE_TASKS = {
     "composite": "name one task",
@@ -28,7 +30,7 @@ _UNUSABLE_TASKS = {
     "codeio": "it draws different problems for the same seed and executes generated code",
 }
 _SOURCES = "a .jsonl or .parquet file, a dataset directory, a Hugging Face dataset id, or "
-_SOURCES += "reasoning_gym:<task>"
+_SOURCES += "reasoning_gym:<task> or miniature:<general|prompts>"
 
 
 def load_rows(
@@ -43,9 +45,10 @@ def load_rows(
     """The rows of ``source`` (the first ``limit``), with ``prompt`` and ``solution`` filled in.
 
     ``source``: a ``.jsonl`` or ``.parquet`` file; a local dataset directory or Hugging Face
-    dataset id (``args`` go to ``datasets.load_dataset``, ``split`` defaults to "train"); or
+    dataset id (``args`` go to ``datasets.load_dataset``, ``split`` defaults to "train");
     ``reasoning_gym:<task>`` (``args``: seed, size and the task's own options; rows then carry
-    ``task``, ``task_args`` and ``entry`` for the task's scorer). ``solution`` may be absent
+    ``task``, ``task_args`` and ``entry`` for the task's scorer); or ``miniature:general`` and
+    ``miniature:prompts`` (toy rows, see ``models/general.py``). ``solution`` may be absent
     unless ``solution_column`` was renamed: a reward that needs it says so. Raises UserError.
     """
     rows = read_rows(source, args=args, split=split, limit=limit)
@@ -66,6 +69,9 @@ def read_rows(
     if source.startswith(_TASK_PREFIX):
         _refuse(source, split=split)
         rows = _reasoning_gym_rows(source.removeprefix(_TASK_PREFIX), args, limit)
+    elif source.startswith(_MINIATURE_PREFIX):
+        _refuse(source, split=split)
+        rows = miniature_rows(source.removeprefix(_MINIATURE_PREFIX), args)[:limit]
     elif source.endswith((".jsonl", ".parquet")):
         _refuse(source, split=split, args=args)
         path = Path(source).expanduser()

@@ -3,7 +3,7 @@
 One rollout (arXiv 2501.12948v2, section 2.1 and appendix A.3):
 
     sample G outputs of P prompts from the policy          -> sample_rollouts
-    reward each output by rule                             -> score_rollouts
+    reward each output, by rule and by reward models       -> RolloutScoring
     advantage = (r - mean(group)) / std(group)             -> assign_advantages
     split the P x G outputs at random into mini-batches    -> split_mini_batches
     for each mini-batch: one optimiser step                -> GRPORun.update
@@ -15,10 +15,7 @@ straight into ``linear_grpo_loss``.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,41 +25,35 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grpo_engine.config import GRPOConfig
-from grpo_engine.data import PromptOrder
 from grpo_engine.generation.base import Generator
 from grpo_engine.kernels import LossMetrics, linear_grpo_loss, linear_logprobs, plan_batches
-from grpo_engine.lora import ADAPTER_FOLDER, read_adapter
-from grpo_engine.metrics import Stopwatch
+from grpo_engine.learner import TRAINER_FOLDER, Learner
 from grpo_engine.policy import Policy
-from grpo_engine.rewards import RewardPool
+from grpo_engine.rewards import RewardPool, RewardReport
 from grpo_engine.rollouts import (
     MicroBatch,
     Prompt,
     RolloutArrays,
     assign_advantages,
     derive_seed,
+    domain_metrics,
     rollout_metrics,
     sample_rollouts,
-    score_rollouts,
     split_mini_batches,
 )
+from grpo_engine.scenarios import Mixture, PromptStream
+from grpo_engine.scoring import ModelReward, RolloutScoring
 from grpo_engine.types import Rollout, SamplingParams
 
-MAX_SKIPPED_UPDATES = 3  # non-finite gradients in a row that stop the run
-TRAINER_FOLDER = "trainer"  # beside the model files of a checkpoint
-COUNTERS = ("step", "rollouts_done", "tokens_done", "reference_step", "skipped_in_a_row")
 
-
-class RunAborted(Exception):
-    """The run cannot go on, for a reason that is not the user's input. Nothing bad was saved."""
-
-
-class GRPORun:
+class GRPORun(Learner):
     """The state of a run between two steps, and the moves that change it.
 
-    ``step`` counts optimiser updates done; ``rollouts_done`` counts rollouts sampled; ``arrays`` is
-    the rollout being trained on (None: the next step starts with a new one).
+    ``rollouts_done`` counts rollouts sampled; ``arrays`` is the rollout being trained on (None: the
+    next step starts with a new one).
     """
+
+    COUNTERS = (*Learner.COUNTERS, "rollouts_done", "reference_step", "sampling_seconds")
 
     def __init__(
         self,
@@ -70,33 +61,27 @@ class GRPORun:
         policy: Policy,
         reference: Policy | None,
         generator: Generator,
-        pool: RewardPool,
+        pool: RewardPool | None,
         prompts: Sequence[Prompt],
+        *,
+        general: Sequence[Prompt] = (),
+        models: Sequence[ModelReward] = (),
     ) -> None:
-        self.config, self.policy, self.generator, self.pool = config, policy, generator, pool
-        self.prompts = prompts
-        self.prompt_order = PromptOrder(len(prompts), derive_seed(config.seed, "prompts"))
+        """``general`` prompts join ``prompts`` late in the run (see ``scenarios``). ``pool``: the
+        rewards by rule, None without any; ``models``: those by reward models."""
+        super().__init__(config, policy, config.max_steps)
+        self.generator, self.pool, self.models = generator, pool, models
+        self.prompts, self.general = prompts, general
+        seeds = [derive_seed(config.seed, kind) for kind in ("prompts", "general prompts")]
+        mixture = Mixture.of(config, bool(general))
+        self.stream = PromptStream(mixture, prompts, general, seeds)
         self.reference = reference  # frozen; None without a KL term
         self.reference_step = 0
-        self.optimizer = torch.optim.AdamW(
-            [p for p in policy.model.parameters() if p.requires_grad],
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-        )
-        self.step = 0
         self.rollouts_done = 0
-        self.tokens_done = 0
         self.arrays: RolloutArrays | None = None
-        self.rollout_rows: dict[
-            str, float
-        ] = {}  # rollout-level metrics, written with its first step
-        self.skipped_in_a_row = 0
+        self.rollout_rows: dict[str, float] = {}  # metrics of the rollout, for its first step
         # Of the current rollout, per update; None where a checkpoint does not know.
         self.sampling_seconds: float | None = 0.0
-        synchronize = torch.cuda.synchronize if policy.device.type == "cuda" else None
-        self.watch = Stopwatch(synchronize)
 
     # -- one rollout ----------------------------------------------------------------------------
 
@@ -104,43 +89,63 @@ class GRPORun:
         """Sample, reward and prepare one rollout; ``begin`` makes it the current one. Changes no
         state, so an interrupted rollout is simply drawn again, bit for bit the same."""
         config, number = self.config, self.rollouts_done
-        first = number * config.prompts_per_generation
-        prompts = [
-            self.prompts[self.prompt_order[first + k]] for k in range(config.prompts_per_generation)
-        ]
+        prompts = self.stream.rollout(number)
         sampling = SamplingParams(
             max_completion_length=config.completion_cap(self.step),
             temperature=config.temperature,
             top_p=config.top_p,
             top_k=config.top_k,
+            return_support=True,
         )
-        with self.watch.phase("generate"), self.autocast():
-            rollouts = sample_rollouts(
-                self.generator,
-                self.policy.tokenizer,
-                prompts,
-                config.num_generations,
-                sampling,
-                (config.seed, "rollout", number),
-            )
-        with self.watch.phase("reward"):
-            report = score_rollouts(self.pool, rollouts)
-            assign_advantages(rollouts, config.num_generations, config.scale_rewards)
-        arrays = RolloutArrays.from_rollouts(
-            rollouts,
-            device=self.policy.device,
-            drop_dead=not config.beta and not config.entropy_coef,
-            mask_truncated=config.mask_truncated_completions,
-            max_completion_length=sampling.max_completion_length,
-        )
-        self._fill_fixed_logprobs(arrays)
+        rollouts, arrays, report = self._sampled_and_scored(prompts, sampling, number)
         arrays.order = split_mini_batches(
             len(rollouts),
             config.steps_per_generation,
             config.num_iterations,
             derive_seed(config.seed, "split", number),
         )
-        return rollouts, arrays, rollout_metrics(rollouts, report, arrays, config.num_generations)
+        rows = rollout_metrics(rollouts, report, arrays, config.num_generations)
+        if config.reward_domains:
+            rows |= domain_metrics(rollouts)
+        return rollouts, arrays, rows
+
+    def _sampled_and_scored(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, number: int
+    ) -> tuple[list[Rollout], RolloutArrays, RewardReport]:
+        """The rollout but for its split. Rewards by rule are worked off beside everything else."""
+        config = self.config
+        drop_dead = not config.beta and not config.entropy_coef
+        with RolloutScoring(self.pool, self.models, prompts, config.num_generations) as scoring:
+            with self.watch.phase("generate"), self.autocast():
+                rollouts = sample_rollouts(
+                    self.generator,
+                    self.policy.tokenizer,
+                    prompts,
+                    config.num_generations,
+                    sampling,
+                    (config.seed, "rollout", number),
+                    on_rollouts=scoring.add,
+                )
+            arrays = RolloutArrays.before_rewards(
+                rollouts,
+                device=self.policy.device,
+                mask_truncated=config.mask_truncated_completions,
+                max_completion_length=sampling.max_completion_length,
+            )
+            if arrays.support is None and sampling.truncates(len(self.policy.head.weight)):
+                raise ValueError("the generator truncates and did not return its tokens' support")
+            if self.models:
+                with self.watch.phase("reward_model"):
+                    scoring.ask_models(rollouts)
+            if not drop_dead:  # else the rewards say which sequences need no log-probs
+                self._fill_fixed_logprobs(arrays)
+            with self.watch.phase("reward"):  # what is left of the rules
+                report = scoring.result(rollouts)
+        assign_advantages(rollouts, config.num_generations, config.scale_rewards)
+        arrays.take_rewards(rollouts, drop_dead=drop_dead)
+        if drop_dead:
+            self._fill_fixed_logprobs(arrays)
+        return rollouts, arrays, report
 
     def begin(self, arrays: RolloutArrays, rows: dict[str, float]) -> None:
         self.arrays, self.rollout_rows = arrays, rows
@@ -174,27 +179,10 @@ class GRPORun:
             return
         lengths = arrays.lengths[live].tolist()
         for chunk in plan_batches(lengths, self.config.max_tokens_per_microbatch)[0]:
-            yield live[chunk], arrays.micro_batch(live[chunk])
+            yield live[chunk], arrays.micro_batch(live[chunk], len(self.policy.head.weight))
 
-    def _hidden(self, policy: Policy, batch: MicroBatch) -> Tensor:
-        """[M, D] hidden states of the rows that predict completion tokens."""
-        packed = batch.packed
-        hidden = policy.hidden_states(
-            packed.token_ids, packed.position_ids, packed.cu_seqlens, packed.max_seqlen
-        )
-        hidden = hidden.index_select(0, batch.rows)
-        # Under autocast the final norm returns fp32, and the head's GEMMs are the largest of all.
-        return hidden.bfloat16() if self.config.bf16 else hidden
-
-    def _head_options(self, policy: Policy, hidden: Tensor) -> dict[str, Any]:
-        head = policy.head
-        return {
-            "weight": head.weight.to(hidden.dtype),
-            "bias": None if head.bias is None else head.bias.to(hidden.dtype),
-            "logit_softcap": head.logit_softcap,
-            "logit_scale": head.logit_scale,
-            "temperature": self.config.temperature,
-        }
+    def head_options(self, policy: Policy, hidden: Tensor) -> dict[str, Any]:
+        return {**super().head_options(policy, hidden), "temperature": self.config.temperature}
 
     @torch.no_grad()
     def logprobs(self, policy: Policy, arrays: RolloutArrays) -> Tensor:
@@ -203,10 +191,12 @@ class GRPORun:
         starts = torch.as_tensor(np.concatenate([[0], np.cumsum(arrays.completion_lengths)]))
         everything = np.arange(len(arrays.completion_lengths))
         for chosen, batch in self._micro_batches(arrays, everything):
-            with self.autocast():
-                hidden = self._hidden(policy, batch)
+            hidden = self.hidden_rows(policy, batch.packed, batch.rows)
             values = linear_logprobs(
-                hidden, token_ids=batch.completions.token_ids, **self._head_options(policy, hidden)
+                hidden,
+                token_ids=batch.completions.token_ids,
+                kept=batch.kept,
+                **self.head_options(policy, hidden),
             )
             for index, part in zip(
                 chosen, values.split(arrays.completion_lengths[chosen].tolist()), strict=True
@@ -218,36 +208,15 @@ class GRPORun:
 
     def update(self) -> dict[str, Any]:
         """One optimiser step on the next mini-batch of the rollout; returns its metrics."""
-        config, arrays = self.config, self.arrays
+        arrays = self.arrays
         mini_batch = arrays.order[0]
-        learning_rate = self.learning_rate()
         with self.watch.phase("update"):
             loss, metrics = self._gradients(arrays, mini_batch)
-            parameters = self.optimizer.param_groups[0]["params"]
-            for parameter in parameters:  # all sequences dead: a zero gradient, not a missing one
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-            finite = math.isfinite(grad_norm) and math.isfinite(loss)
-            if finite:
-                self.optimizer.param_groups[0]["lr"] = learning_rate
-                self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        self._guard_finite(finite, grad_norm, loss)
-        self.step += 1
+            row = self.descend(loss)
         arrays.order = arrays.order[1:]
         tokens = int(arrays.lengths[mini_batch].sum())
         self.tokens_done += tokens
-        row = {
-            "step": self.step,
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
-            "skipped_update": int(not finite),
-            **metrics,
-            **self.rollout_rows,
-            "num_tokens": self.tokens_done,
-        }
+        row = row | metrics | self.rollout_rows | {"num_tokens": self.tokens_done}
         self.rollout_rows = {}
         if not arrays.order:
             self.arrays = None
@@ -279,8 +248,7 @@ class GRPORun:
         total, merged = 0.0, None
         if denominator:
             for _, batch in self._micro_batches(arrays, mini_batch):
-                with self.autocast():
-                    hidden = self._hidden(self.policy, batch)
+                hidden = self.hidden_rows(self.policy, batch.packed, batch.rows)
                 loss, metrics, _ = self._loss(hidden, batch, denominator)
                 loss.backward()
                 total = total + loss.detach()
@@ -302,7 +270,10 @@ class GRPORun:
             **config.loss_options(),
             denominator=denominator,
             return_entropy=True,
-            **self._head_options(self.policy, hidden),
+            kept=batch.kept,
+            sparse_delta=config.sparse_delta,
+            sparse_max_entries=config.sparse_max_entries,
+            **self.head_options(self.policy, hidden),
         )
 
     def _denominator(self, arrays: RolloutArrays, mini_batch: np.ndarray) -> float:
@@ -315,29 +286,6 @@ class GRPORun:
             return float(len(counted) * arrays.max_completion_length)
         return float(arrays.completion_lengths[counted[arrays.kept[counted]]].sum())
 
-    def _guard_finite(self, finite: bool, grad_norm: float, loss: float) -> None:
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row >= MAX_SKIPPED_UPDATES:
-            raise RunAborted(
-                f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite "
-                f"{MAX_SKIPPED_UPDATES} times in a row; the weights were not changed by these steps"
-            )
-
-    def learning_rate(self) -> float:
-        config = self.config
-        if self.step < config.warmup_steps:
-            return config.learning_rate * (self.step + 1) / config.warmup_steps
-        if config.lr_scheduler_type == "constant":
-            return config.learning_rate
-        span = max(1, config.max_steps - config.warmup_steps)
-        progress = min(1.0, (self.step - config.warmup_steps) / span)
-        shape = (
-            1 - progress
-            if config.lr_scheduler_type == "linear"
-            else (1 + math.cos(math.pi * progress)) / 2
-        )
-        return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * shape
-
     def refresh_reference(self) -> None:
         """pi_ref <- pi_theta every ``ref_model_sync_steps`` steps (paper: 400)."""
         every = self.config.ref_model_sync_steps
@@ -345,20 +293,12 @@ class GRPORun:
             self.reference.copy_weights_from(self.policy)
             self.reference_step = self.step
 
-    def autocast(self) -> Any:
-        if not self.config.bf16:
-            return nullcontext()
-        return torch.autocast(self.policy.device.type, dtype=torch.bfloat16)
-
     # -- checkpoints ----------------------------------------------------------------------------
 
     def write_checkpoint(self, folder: Path) -> None:
-        """A Hugging Face model folder, with the optimiser, counters and pending rollout under
-        ``trainer/``."""
-        self.policy.save_pretrained(folder)
+        """With the reference, once it is no longer the base, and the pending rollout."""
+        super().write_checkpoint(folder)
         trainer = folder / TRAINER_FOLDER
-        trainer.mkdir()
-        save_file(self._optimizer_tensors(), trainer / "optimizer.safetensors")
         if self.reference is not None and self.reference_step > 0:
             reference = {
                 n: p.detach().cpu().contiguous() for n, p in self.reference.weights().items()
@@ -366,21 +306,10 @@ class GRPORun:
             save_file(reference, trainer / "reference.safetensors")
         if self.arrays is not None:
             save_file(self.arrays.to_tensors(), trainer / "rollout.safetensors")
-        state = {name: getattr(self, name) for name in (*COUNTERS, "sampling_seconds")}
-        (trainer / "state.json").write_text(json.dumps(state, indent=1))
 
     def read_checkpoint(self, folder: Path) -> None:
-        """Bring a freshly built run (policy loaded from ``folder``; with LoRA it is the base still,
-        its adapter is loaded here) to the state that was saved there."""
+        super().read_checkpoint(folder)
         trainer, device = folder / TRAINER_FOLDER, self.policy.device
-        state = json.loads((trainer / "state.json").read_text())
-        for name in COUNTERS:
-            setattr(self, name, state[name])
-        # Without it the rest of a rollout would look as if sampled in no time.
-        self.sampling_seconds = state.get("sampling_seconds")
-        if self.policy.adapter is not None:
-            self.policy.load_weights(read_adapter(folder / ADAPTER_FOLDER))
-        self._load_optimizer(load_file(trainer / "optimizer.safetensors"))
         if (trainer / "reference.safetensors").exists():
             self.reference.load_weights(load_file(trainer / "reference.safetensors"))
         if (trainer / "rollout.safetensors").exists():
@@ -388,24 +317,6 @@ class GRPORun:
                 load_file(trainer / "rollout.safetensors"), device
             )
         self.generator.sync_weights(self.step)
-
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
-        names = {p: n for n, p in self.policy.model.named_parameters()}
-        return {
-            f"{key}.{names[parameter]}": value.detach().cpu().contiguous()
-            for parameter, state in self.optimizer.state.items()
-            for key, value in state.items()
-        }
-
-    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        parameters = dict(self.policy.model.named_parameters())
-        for name, value in tensors.items():
-            key, _, parameter_name = name.partition(".")
-            parameter = parameters[parameter_name]
-            # AdamW keeps its step counter on the host, its moments beside the parameter.
-            self.optimizer.state[parameter][key] = (
-                value if key == "step" else value.to(parameter.device)
-            )
 
 
 def loss_rows(metrics: LossMetrics) -> dict[str, float]:
@@ -419,6 +330,8 @@ def loss_rows(metrics: LossMetrics) -> dict[str, float]:
         "clip_region": "clip_ratio/region_mean",
         "sampling_logp_difference": "sampling/logp_difference_mean",
         "is_weight_mean": "sampling/importance_sampling_ratio_mean",
+        "dropped_mass": "sparse/dropped_mass",  # mean share of probability that was left out
+        "sparse_rows": "sparse/rows",  # share of tokens whose gradient was made sparse
         "phi_mean": "vespo/phi_mean",  # over tokens; TRL's phi_seq_mean is over sequences
     }
     return {ours: values[theirs] for theirs, ours in names.items() if theirs in values}

@@ -43,6 +43,9 @@ class Interrupt:
     ) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]
+            outer = getattr(handler, "__self__", None)
+            if isinstance(outer, Interrupt) and outer.signum is None:
+                outer.signum = self.signum  # asked of a stage is asked of the pipeline around it
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None:

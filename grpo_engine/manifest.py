@@ -7,12 +7,13 @@ import hashlib
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grpo_engine import __version__
 from grpo_engine.lora import base_tensors
@@ -72,12 +73,14 @@ class Manifest:
         write_atomically(self.path, json.dumps(self.values, indent=1, ensure_ascii=False) + "\n")
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """One hash over the names and bytes of all parameters, adapters left out."""
+def weights_sha256(model: nn.Module, merged: Mapping[str, Tensor] | None = None) -> str:
+    """One hash over the names and bytes of all parameters, adapters left out; ``merged`` weights
+    count in place of the model's own."""
     digest = hashlib.sha256()
     for name, parameter in base_tensors(model.named_parameters()):
+        tensor = parameter if merged is None else merged[name]
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -184,7 +184,6 @@ class CompletionsLog:
 
     def __init__(self, output_dir: str | Path, resume_step: int | None = None) -> None:
         self.folder = Path(output_dir) / COMPLETIONS_DIR
-        self.folder.mkdir(parents=True, exist_ok=True)
         if resume_step is not None:
             for kind in ("step", "eval"):
                 for step, path in list_completions(output_dir, kind):
@@ -200,6 +199,7 @@ class CompletionsLog:
         return self._write("eval", step, ({"step": step, **row} for row in rows))
 
     def _write(self, kind: str, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{kind}-{step:06d}.jsonl"
         write_atomically(path, "".join(strict_json(row) + "\n" for row in rows))
         return path

@@ -3,91 +3,36 @@ is found here, as one ``UserError`` line."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from grpo_engine.config import GRPOConfig, build_config, load_yaml
+from grpo_engine.config import MODEL_REWARDS, GRPOConfig, RowSource
 from grpo_engine.data import check_prompt_lengths, load_rows, without_overlap
 from grpo_engine.generation.hf import HFGenerator
 from grpo_engine.grpo import GRPORun
 from grpo_engine.held_out import HeldOut
 from grpo_engine.kernels import make_loss_options
-from grpo_engine.lora import LoraOptions
+from grpo_engine.learner import load_policy
 from grpo_engine.manifest import rows_sha256, weights_sha256
 from grpo_engine.policy import Policy
+from grpo_engine.progress import say
 from grpo_engine.rewards import BUILT_IN, RewardPool, RewardSpec, unusable_solutions
+from grpo_engine.rewards.model import ScalarModel
 from grpo_engine.rewards.sandbox import find_sandbox
 from grpo_engine.rewards.sandbox_run import SandboxError
 from grpo_engine.rollouts import Prompt
+from grpo_engine.scenarios import Mixture, check_domains, with_domains, with_reward_domains
+from grpo_engine.scoring import ModelReward
 from grpo_engine.templates import render_prompt
 from grpo_engine.types import UserError
 
-# Fields that may change between a run and its continuation; another change would be another run.
-RESUMABLE_FIELDS = {
-    "output_dir",
-    "max_steps",
-    "save_steps",
-    "save_total_limit",
-    "log_completions_steps",
-    "eval_steps",
-    "reward_workers",
-    "reward_timeout",
-    "max_reward_error_rate",
-    "max_tokens_per_microbatch",
-    "generation_batch_size",
-    "device",
-}
-RUN_FILES = ("config.yaml", "metrics.jsonl", "manifest.json", "report.html", "completions")
-
-
-def check_output_dir(config: GRPOConfig, *, resuming: bool, overwrite: bool) -> None:
-    """Refuse to write over another run or to delete an input, and fail now rather than at the first
-    checkpoint if the folder cannot be written to. Leaves nothing behind."""
-    folder = Path(config.output_dir)
-    made: list[Path] = []
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--output_dir {folder}: exists and is not a folder")
-        files = run_files(folder)
-        if files and not resuming and not overwrite:
-            raise UserError(
-                f"--output_dir {folder}: already holds a run; continue it with --resume, or "
-                "replace it with --overwrite"
-            )
-        for name in ("model", "dataset", "eval_dataset") if overwrite else ():
-            source = Path(getattr(config, name) or "").expanduser().resolve()
-            if any(source.is_relative_to(file.resolve()) for file in files):
-                raise UserError(f"--overwrite: would delete --{name} {getattr(config, name)}")
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: not writable ({error.strerror})") from error
-    finally:
-        for path in made:
-            if path.is_dir():
-                path.rmdir()
-
-
-def run_files(folder: Path) -> list[Path]:
-    """What a run has left in ``folder``."""
-    found = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    return found + sorted(folder.glob("checkpoint-*"))
-
-
-def clear_run(folder: Path) -> None:
-    """Remove an earlier run's files (and nothing else) from ``folder``."""
-    for path in run_files(folder):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+# Built-in rewards that must know whether the prompt has opened the think tag.
+THINKING_PREFILLED = (
+    *("accuracy", "choice", "code", "format", "format_r1"),
+    *("judge", "reasoning_gym"),
+)
 
 
 def load_prompts(config: GRPOConfig, tokenizer: Any, rows: list[dict[str, Any]]) -> list[Prompt]:
@@ -114,38 +59,95 @@ def load_prompts(config: GRPOConfig, tokenizer: Any, rows: list[dict[str, Any]])
     return [prompts[index] for index in kept]
 
 
-def load_data(config: GRPOConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training rows and held-out rows (none without ``eval_dataset``), no prompt in common."""
+@dataclass
+class Rows:
+    """The rows of a run: to train on, general ones to join them late, and held-out ones of both
+    kinds."""
+
+    train: list[dict[str, Any]]
+    general: list[dict[str, Any]] = field(default_factory=list)
+    held_out: list[dict[str, Any]] = field(default_factory=list)
+    held_out_general: list[dict[str, Any]] = field(default_factory=list)
+
+    def inputs(self, config: GRPOConfig) -> dict[str, dict[str, Any]]:
+        """``manifest.json``'s account of them."""
+
+        def named(sources: list[RowSource]) -> str:
+            return ", ".join(source.source for source in sources)
+
+        kinds = {
+            "dataset": (config.dataset, self.train),
+            "general_dataset": (named(config.general_dataset), self.general),
+            "eval_dataset": (config.eval_dataset, self.held_out),
+            "general_eval_dataset": (named(config.general_eval_dataset), self.held_out_general),
+        }
+        return {
+            name: {"source": source, "rows": len(rows), "sha256": rows_sha256(rows)}
+            for name, (source, rows) in kinds.items()
+            if rows
+        }
+
+
+def load_data(config: GRPOConfig) -> Rows:
+    """No prompt to train on is a held-out one. With ``reward_domains`` each row has a domain."""
     columns = {"prompt_column": config.prompt_column, "solution_column": config.solution_column}
-    rows = load_rows(
+    train = load_rows(
         config.dataset,
         args=config.dataset_args,
         split=config.dataset_split,
         limit=config.dataset_limit,
         **columns,
     )
-    if not config.eval_dataset:
-        return rows, []
-    held_out = load_rows(
-        config.eval_dataset,
-        args=config.eval_dataset_args,
-        split=config.eval_dataset_split,
-        limit=config.eval_limit,
-        **columns,
-    )
-    rows, dropped = without_overlap(rows, held_out)
-    if dropped:
-        say(f"{dropped} training rows have a held-out prompt and are left out")
-    return rows, held_out
+    rows = Rows(train, general_rows(config.general_dataset))
+    rows.held_out_general = general_rows(config.general_eval_dataset)
+    if config.eval_dataset:
+        rows.held_out = load_rows(
+            config.eval_dataset,
+            args=config.eval_dataset_args,
+            split=config.eval_dataset_split,
+            limit=config.eval_limit,
+            **columns,
+        )
+        for kind, words in (("train", "training"), ("general", "general")):
+            if not getattr(rows, kind):
+                continue
+            held_out = [*rows.held_out, *rows.held_out_general]
+            kept, dropped = without_overlap(getattr(rows, kind), held_out)
+            setattr(rows, kind, kept)
+            if dropped:
+                say(f"{dropped} {words} rows have a held-out prompt and are left out")
+    if config.reward_domains:
+        rows.train = with_domains(rows.train, config.dataset, default=config.dataset_domain)
+    return rows
+
+
+def general_rows(sources: list[RowSource]) -> list[dict[str, Any]]:
+    rows = []
+    for source in sources:
+        found = load_rows(
+            source.source,
+            args=source.args,
+            split=source.split,
+            limit=source.limit,
+            prompt_column=source.prompt_column,
+        )
+        rows += with_domains(
+            found, source.source, column=source.domain_column, default=source.domain
+        )
+    return rows
 
 
 def check_rewards(pool: RewardPool, rows: list[dict[str, Any]]) -> None:
-    """Every column a reward needs must be there, and every reference answer usable."""
+    """Every column a reward needs must be there, and every reference answer usable, in the rows it
+    applies to."""
     for spec, required in zip(pool.rewards, pool.required_columns, strict=True):
+        mine = {number: row for number, row in enumerate(rows, start=1) if spec.applies(row)}
+        if not mine:  # held-out rows need not be of its domains
+            continue
         for name in required:
-            missing = [n for n, row in enumerate(rows, start=1) if row.get(name) is None]
-            if len(missing) == len(rows):
-                columns = sorted({key for row in rows for key in row})
+            missing = [number for number, row in mine.items() if row.get(name) is None]
+            if len(missing) == len(mine):
+                columns = sorted({key for row in mine.values() for key in row})
                 raise UserError(
                     f"reward {spec.name!r} needs the column {name!r}; "
                     f"the rows have {', '.join(columns)}"
@@ -155,11 +157,12 @@ def check_rewards(pool: RewardPool, rows: list[dict[str, Any]]) -> None:
                     f"reward {spec.name!r}: {listed(missing)} without {name!r} get no score from it"
                 )
         if spec.function == "accuracy":
-            bad = [n + 1 for n in unusable_solutions([row.get("solution") for row in rows])]
-            if len(bad) == len(rows):
+            numbers, solutions = list(mine), [row.get("solution") for row in mine.values()]
+            bad = [numbers[index] for index in unusable_solutions(solutions)]
+            if len(bad) == len(mine):
                 raise UserError(
-                    f"reward 'accuracy': no row has a usable solution; row 1 has "
-                    f"{rows[0].get('solution')!r:.80}"
+                    f"reward 'accuracy': no row has a usable solution; row {numbers[0]} has "
+                    f"{solutions[0]!r:.80}"
                 )
             if bad:
                 say(f"reward 'accuracy': {listed(bad)} have a solution that cannot be read")
@@ -171,8 +174,8 @@ def listed(numbers: list[int]) -> str:
     return f"{len(numbers)} rows ({shown})"
 
 
-def check_context(config: GRPOConfig, policy: Policy) -> None:
-    """Prompt and completion must fit the model's positions."""
+def check_model(config: GRPOConfig, policy: Policy) -> None:
+    """Prompt and completion must fit the model's positions, its head the loss options."""
     longest = max(config.completion_caps().values())
     limit = getattr(policy.text_config, "max_position_embeddings", None)
     if limit is not None and config.max_prompt_length + longest > limit:
@@ -180,24 +183,12 @@ def check_context(config: GRPOConfig, policy: Policy) -> None:
             f"--max_completion_length {longest}: with max_prompt_length {config.max_prompt_length} "
             f"it passes the {limit} positions of {config.model}"
         )
-
-
-def load_policy(config: GRPOConfig, checkpoint: Path | None, *, trainable: bool = True) -> Policy:
-    """The policy to train. A checkpoint of a LoRA run holds merged weights: its policy begins as
-    the base again, and ``GRPORun.read_checkpoint`` loads the adapter."""
-    lora = None
-    if config.lora_r is not None:
-        lora = LoraOptions(
-            config.lora_r, config.lora_alpha, config.lora_target_modules, config.seed
+    bias = policy.head.bias
+    if config.sparse_delta is not None and bias is not None and bias.requires_grad:
+        raise UserError(
+            f"--sparse_delta {config.sparse_delta}: does not go with a head that has a bias, and "
+            f"that of {config.model} has one"
         )
-    return Policy.load(
-        config.model if checkpoint is None or lora else str(checkpoint),
-        device=config.device,
-        attention=config.attention,
-        gradient_checkpointing=config.gradient_checkpointing,
-        trainable=trainable,
-        lora=lora,
-    )
 
 
 def reference_policy(config: GRPOConfig, policy: Policy, checkpoint: Path | None) -> Policy | None:
@@ -222,12 +213,16 @@ def think_tag_is_open(prompts: list[Prompt]) -> bool:
 
 
 def reward_spec(
-    function: str, weight: float, think_is_open: bool, batched: bool = False
+    config: GRPOConfig, function: str, weight: float, think_is_open: bool
 ) -> RewardSpec:
     spec = RewardSpec.named(function, weight)
-    if think_is_open and function in ("accuracy", "format", "reasoning_gym"):
-        spec = RewardSpec.named(function, weight, thinking_prefilled=True)
-    return replace(spec, batched=batched)
+    given = [config.reward_args[n] for n in {spec.name, function} if n in config.reward_args]
+    if len(given) > 1:
+        raise UserError(f"reward_args: {spec.name!r} and {function!r} are the same reward")
+    args = dict(given[0]) if given else {}
+    if think_is_open and function in THINKING_PREFILLED:
+        args["thinking_prefilled"] = True
+    return replace(spec, args=args, batched=function in config.batched_reward_funcs)
 
 
 def sandbox_tier(specs: list[RewardSpec]) -> str | None:
@@ -252,66 +247,69 @@ def reward_pool(config: GRPOConfig, specs: list[RewardSpec], workers: int) -> Re
     )
 
 
-def say(words: str) -> None:
-    print(f"grpo-engine: {words}", file=sys.stderr)
-
-
-def run_folder(path: str) -> Path:
-    """The run's folder, given it or one of its checkpoints."""
-    folder = Path(path)
-    return folder.parent if folder.name.startswith("checkpoint-") else folder
-
-
-def saved_config(folder: str) -> dict[str, Any]:
-    """The resolved configuration of the run (or checkpoint) in ``folder``."""
-    path = run_folder(folder)
-    if not path.is_dir():
-        raise UserError(f"--resume {folder}: no such folder")
-    if not (path / "config.yaml").is_file():
-        raise UserError(f"--resume {folder}: there is no config.yaml of a run in {path}")
-    return load_yaml(str(path / "config.yaml"))
-
-
-def check_resumable(config: GRPOConfig, folder: Path) -> None:
-    """A run continues only as itself: fields that change what it computes must be as they were."""
-    saved = build_config(saved_config(str(folder)))
-    allowed = set(RESUMABLE_FIELDS)
-    if saved.lr_scheduler_type != "constant":
-        allowed.discard("max_steps")  # the schedule ends there
-    before = saved.model_dump()
-    for name, value in config.model_dump().items():
-        if name not in allowed and before[name] != value:
-            raise UserError(
-                f"--{name} {value!r}: the run in {folder} was started with {before[name]!r}; "
-                "resume with that, or start a new run in another output_dir"
-            )
-
-
-def check_same_inputs(folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of the run in ``folder``. UserError if its data or base model have changed."""
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        before = manifest["inputs"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--resume {folder}: manifest.json cannot be read ({error!r})") from error
-    for name, now in inputs.items():
-        for key in ("sha256", "weights_sha256"):
-            if key in now and now[key] != before.get(name, {}).get(key):
-                source = now.get("source", now.get("path"))
-                raise UserError(
-                    f"--{name} {source}: its content has changed since the run began "
-                    f"({key} {now[key][:12]}, then {str(before.get(name, {}).get(key))[:12]})"
-                )
-    return manifest
-
-
 def check_loss_options(config: GRPOConfig) -> None:
     """Contradictory loss options are an input error now, not an exception in the first step."""
     try:
-        make_loss_options(**config.loss_options())
+        options = make_loss_options(**config.loss_options())
     except ValueError as error:
         raise UserError(str(error)) from error
+    if config.sparse_delta is None:
+        return
+    for refused, what in (
+        (options.entropy_coef != 0, f"entropy_coef {config.entropy_coef}"),
+        (options.needs_sequence_pass, "a loss or is_correction over whole sequences"),
+        (config.top_p < 1, f"top_p {config.top_p}"),
+        (config.top_k > 0, f"top_k {config.top_k}"),
+    ):
+        if refused:
+            raise UserError(f"--sparse_delta {config.sparse_delta}: does not go with {what}")
+
+
+def build_rewards(
+    config: GRPOConfig, rows: list[dict[str, Any]], opened: bool, stack: ExitStack
+) -> tuple[RewardPool | None, list[ModelReward]]:
+    """The rewards by rule (None: there are none) and by reward models, for the training ``rows``.
+    ``opened``: the prompts end in an opened think tag."""
+    specs = [
+        reward_spec(config, function, weight, opened)
+        for function, weight in zip(config.reward_funcs, config.weights, strict=True)
+    ]
+    names = [spec.name for spec in specs]  # a pool sees those of the rules only
+    if len(set(names)) < len(names):
+        raise UserError(f"reward_funcs: names must differ, got {', '.join(names)}")
+    specs = with_reward_domains(specs, config.reward_domains)
+    check_domains(specs, rows)
+    rules = [spec for spec in specs if spec.function not in MODEL_REWARDS]
+    pool = stack.enter_context(reward_pool(config, rules, config.reward_workers)) if rules else None
+    if pool is not None:
+        check_rewards(pool, rows)
+    return pool, reward_models(config, [spec for spec in specs if spec not in rules], opened)
+
+
+def reward_models(config: GRPOConfig, specs: list[RewardSpec], opened: bool) -> list[ModelReward]:
+    """The saved reward models behind ``specs``, loaded. UserError where one is of another kind."""
+    models = []
+    for spec in specs:
+        folder = getattr(config, f"{spec.function}_model")
+        try:
+            model = ScalarModel.load(
+                folder,
+                device=config.device,
+                dtype="bfloat16" if config.bf16 else "float32",
+                score_scale=getattr(config, f"{spec.function}_scale"),
+            )
+        except UserError as error:
+            raise UserError(f"--{spec.function}_model {folder!r}: {error}") from error
+        if model.card.kind != spec.function:
+            raise UserError(
+                f"--{spec.function}_model {folder}: is a reward model of kind {model.card.kind!r}"
+            )
+        for name, parameter in model.network.model.named_parameters():
+            if not bool(parameter.isfinite().all()):  # said now, not when general prompts join
+                raise UserError(f"--{spec.function}_model {folder}: {name} is not finite")
+        source = {"path": folder, "weights_sha256": weights_sha256(model.network.model)}
+        models.append(ModelReward(spec, model, opened, source))
+    return models
 
 
 def build_run(
@@ -319,29 +317,17 @@ def build_run(
 ) -> tuple[GRPORun, HeldOut | None, dict[str, Any]]:
     """Load model, data and rewards; everything the user can have wrong is found here. The third
     value is ``manifest.json``'s account of the inputs."""
+    rows = load_data(config)
+    Mixture.of(config, bool(rows.general))  # found out before any model is loaded
     policy = load_policy(config, checkpoint)
-    check_context(config, policy)
-    rows, eval_rows = load_data(config)
-    prompts = load_prompts(config, policy.tokenizer, rows)
-    opened = think_tag_is_open(prompts)
-    specs = [
-        reward_spec(function, weight, opened, function in config.batched_reward_funcs)
-        for function, weight in zip(config.reward_funcs, config.weights, strict=True)
-    ]
-    pool = stack.enter_context(reward_pool(config, specs, config.reward_workers))
-    check_rewards(pool, rows)
-    held_out = None
-    if eval_rows:
-        known = {s.name: s for s in specs} | {s.function: s for s in specs}
-        spec, judge = known.get(config.eval_reward), pool
-        if spec is None:
-            spec = reward_spec(config.eval_reward, 1.0, opened)
-            judge = stack.enter_context(reward_pool(config, [spec], 1))
-        check_rewards(judge, eval_rows)
-        eval_prompts = load_prompts(config, policy.tokenizer, eval_rows)
-        held_out = HeldOut(config, eval_prompts, judge, spec.name)
-        specs = [*specs, spec]
-    tier = sandbox_tier(specs)
+    check_model(config, policy)
+    prompts = load_prompts(config, policy.tokenizer, rows.train)
+    general = load_prompts(config, policy.tokenizer, rows.general) if rows.general else []
+    opened = think_tag_is_open([*prompts, *general])
+    pool, models = build_rewards(config, [*rows.train, *rows.general], opened, stack)
+    held_out = build_held_out(config, policy, rows, pool, models, stack)
+    judges = [judge for judge in (pool, held_out and held_out.pool) if judge]
+    tier = sandbox_tier([spec for judge in judges for spec in judge.rewards])
     generator = HFGenerator(
         policy,
         max_batch_size=config.generation_batch_size,
@@ -349,17 +335,55 @@ def build_run(
     )
     stack.callback(generator.close)
     reference = reference_policy(config, policy, checkpoint)
-    inputs = {"dataset": {"source": config.dataset, "rows": len(rows), "sha256": rows_sha256(rows)}}
-    if eval_rows:
-        source = config.eval_dataset
-        hashed = rows_sha256(eval_rows)
-        inputs["eval_dataset"] = {"source": source, "rows": len(eval_rows), "sha256": hashed}
+    inputs = rows.inputs(config)
     base = policy if checkpoint is None or policy.adapter is not None else reference
     if base is not None:
         inputs["model"] = {"path": config.model, "weights_sha256": weights_sha256(base.model)}
+    inputs |= {f"{reward.spec.function}_model": reward.source for reward in models}
     if tier is not None:
         inputs["sandbox"] = {"tier": tier}
-    run = GRPORun(config, policy, reference, generator, pool, prompts)
+    run = GRPORun(
+        config, policy, reference, generator, pool, prompts, general=general, models=models
+    )
     if checkpoint is not None:
         run.read_checkpoint(checkpoint)
     return run, held_out, inputs
+
+
+def build_held_out(
+    config: GRPOConfig,
+    policy: Policy,
+    rows: Rows,
+    pool: RewardPool | None,
+    models: list[ModelReward],
+    stack: ExitStack,
+) -> HeldOut | None:
+    """The held-out evaluation, None without rows. Its judge is the pool of the training rewards
+    where ``eval_reward`` is one of them and applies to every row."""
+    if not rows.held_out:
+        return None
+    prompts = load_prompts(config, policy.tokenizer, rows.held_out)
+    training = [] if pool is None else pool.rewards
+    known = {s.name: s for s in training} | {s.function: s for s in training}
+    spec, judge = known.get(config.eval_reward), pool
+    if spec is None or spec.domains is not None:
+        opened = think_tag_is_open(prompts)
+        spec = spec or reward_spec(config, config.eval_reward, 1.0, opened)
+        spec = replace(spec, domains=None)  # held-out rows need no domain
+        judge = stack.enter_context(reward_pool(config, [spec], 1))
+    check_rewards(judge, rows.held_out)
+    general = []
+    if rows.held_out_general:
+        general = load_prompts(config, policy.tokenizer, rows.held_out_general)
+        check_held_out_general(models, rows.held_out_general)
+    return HeldOut(config, prompts, judge, spec.name, general=general, models=models)
+
+
+def check_held_out_general(models: list[ModelReward], rows: list[dict[str, Any]]) -> None:
+    """UserError for held-out general rows that no reward model scores."""
+    for number, row in enumerate(rows, start=1):
+        if not any(model.spec.applies(row) for model in models):
+            raise UserError(
+                f"general_eval_dataset: no reward model is for the domain {row['domain']!r} of row "
+                f"{number}"
+            )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -34,8 +35,9 @@ SHOWN_WARNINGS = 4
 PHASE_COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red")
 PERCENT, NUMBER = "percent", "number"
 
-# (label, metric keys in order of preference, unit)
-FIGURES: tuple[tuple[str, tuple[str, ...], str], ...] = (
+Figure = tuple[str, tuple[str, ...], str]  # label, metric keys in order of preference, unit
+
+FIGURES: tuple[Figure, ...] = (
     ("held-out accuracy", ("eval/accuracy",), PERCENT),
     ("accuracy reward", ("rewards/accuracy/mean", "rewards/accuracy_reward/mean"), NUMBER),
     ("reward", ("reward",), NUMBER),
@@ -81,6 +83,11 @@ def _finite(value: Any) -> float | None:
     return float(value) if number and math.isfinite(value) else None
 
 
+def say(words: str) -> None:
+    """One line on stderr, outside any screen."""
+    print(f"grpo-engine: {words}", file=sys.stderr)
+
+
 def wants_screen(console: Console) -> bool:
     """A live screen needs a terminal that moves its cursor, and nobody who asked for plain
     output.
@@ -93,8 +100,8 @@ class Progress(AbstractContextManager):
     """Shows a run of ``total_steps`` steps. ``summary`` is the header: {"recipe": ..., "model":
     ..., ...}.
 
-    ``first_step`` is the step a resumed run starts from. ``console`` and ``now`` are there for
-    tests.
+    ``first_step`` is the step a resumed run starts from, ``figures`` what is shown of a row.
+    ``console`` and ``now`` are there for tests.
     """
 
     def __init__(
@@ -103,16 +110,18 @@ class Progress(AbstractContextManager):
         total_steps: int,
         *,
         first_step: int = 0,
+        figures: Sequence[Figure] = FIGURES,
         console: Console | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.summary, self.total_steps = dict(summary), total_steps
         self.first_step = self.step = first_step
+        self.figures = figures
         self.console = console or Console()
         self.now = now
         self.started = now()
         self.curves: dict[str, deque[float | None]] = {
-            label: deque(maxlen=SPARK_WIDTH) for label, _, _ in FIGURES
+            label: deque(maxlen=SPARK_WIDTH) for label, _, _ in figures
         }
         self.first_values: dict[str, float] = {}
         self.phases: dict[str, float] = {}
@@ -147,7 +156,7 @@ class Progress(AbstractContextManager):
         """Show a metrics row, and a sampled answer if one is given."""
         with self._lock:
             self.step = int(row.get("step", self.step))
-            for label, keys, _ in FIGURES:
+            for label, keys, _ in self.figures:
                 key = next((key for key in keys if key in row), None)
                 if key is not None:
                     value = _finite(row[key])
@@ -192,7 +201,7 @@ class Progress(AbstractContextManager):
     def line(self, row: Mapping[str, Any]) -> str:
         """A step as one line of plain text."""
         parts = [f"step {self.step}/{self.total_steps}"]
-        for label, keys, unit in FIGURES:
+        for label, keys, unit in self.figures:
             key = next((key for key in keys if key in row), None)
             if key is not None:
                 parts.append(f"{label} {figure(_finite(row[key]), unit)}")
@@ -242,7 +251,7 @@ class Progress(AbstractContextManager):
         table.add_column(justify="right", style="bold")
         table.add_column(style="cyan", no_wrap=True)
         table.add_column(style="dim")
-        for label, _, unit in FIGURES:
+        for label, _, unit in self.figures:
             values = self.curves[label]
             if not values:
                 continue

@@ -8,19 +8,22 @@ so a resumed run draws exactly what the uninterrupted one would have drawn.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from grpo_engine.data import columns_of
 from grpo_engine.generation.base import Generator
 from grpo_engine.kernels import completion_rows, group_advantages, pack_rollouts
 from grpo_engine.kernels.packing import PackedBatch
 from grpo_engine.rewards import RewardPool, RewardReport
-from grpo_engine.types import GenerationRequest, Rollout, SamplingParams
+from grpo_engine.support import Support, spans
+from grpo_engine.types import Generation, GenerationRequest, Rollout, SamplingParams
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -45,31 +48,44 @@ def sample_rollouts(
     num_generations: int,
     sampling: SamplingParams,
     seed_parts: tuple[int | str, ...],
+    on_rollouts: Callable[[Sequence[int], Sequence[Rollout]], None] | None = None,
 ) -> list[Rollout]:
-    """``num_generations`` outputs of each prompt, grouped: rollout r belongs to prompt r // G."""
+    """``num_generations`` outputs of each prompt, grouped: rollout r belongs to prompt r // G.
+
+    ``on_rollouts`` gets the indices of some rollouts and these, as soon as they are drawn.
+    """
     requests = [
         GenerationRequest(prompt.token_ids, derive_seed(*seed_parts, group, sample))
         for group, prompt in enumerate(prompts)
         for sample in range(num_generations)
     ]
-    rollouts = []
-    for index, generation in enumerate(generator.generate(requests, sampling)):
-        prompt = prompts[index // num_generations]
-        ids = generation.completion_ids
-        text_ids = ids[:-1] if generation.finish_reason == "stop" else ids
-        rollouts.append(
-            Rollout(
-                row=prompt.row,
-                prompt=prompt.text,
-                prompt_ids=prompt.token_ids,
-                completion=tokenizer.decode(text_ids, skip_special_tokens=False),
-                completion_ids=ids,
-                sampler_logprobs=generation.sampler_logprobs,
-                finish_reason=generation.finish_reason,
-                group=index // num_generations,
-            )
-        )
-    return rollouts
+    rollouts: dict[int, Rollout] = {}
+
+    def take(members: Sequence[int], drawn: Sequence[Generation]) -> None:
+        for index, generation in zip(members, drawn, strict=True):
+            group = index // num_generations
+            rollouts[index] = _rollout(tokenizer, prompts[group], group, generation)
+        if on_rollouts is not None:
+            on_rollouts(members, [rollouts[index] for index in members])
+
+    generator.generate(requests, sampling, on_batch=take)
+    return [rollouts[index] for index in range(len(requests))]
+
+
+def _rollout(tokenizer: Any, prompt: Prompt, group: int, generation: Generation) -> Rollout:
+    ids = generation.completion_ids
+    text_ids = ids[:-1] if generation.finish_reason == "stop" else ids
+    return Rollout(
+        row=prompt.row,
+        prompt=prompt.text,
+        prompt_ids=prompt.token_ids,
+        completion=tokenizer.decode(text_ids, skip_special_tokens=False),
+        completion_ids=ids,
+        sampler_logprobs=generation.sampler_logprobs,
+        finish_reason=generation.finish_reason,
+        group=group,
+        support=generation.support,
+    )
 
 
 def score_rollouts(pool: RewardPool, rollouts: list[Rollout]) -> RewardReport:
@@ -79,19 +95,21 @@ def score_rollouts(pool: RewardPool, rollouts: list[Rollout]) -> RewardReport:
     that *failed* (timeout, exception, worker death, not a number) makes the rollout unscorable:
     ``reward`` stays None, and it takes no part in its group's baseline nor in the loss.
     """
-    columns = {
-        name: [r.row.get(name) for r in rollouts] for name in {n for r in rollouts for n in r.row}
-    }
     report = pool.score(
         [r.prompt for r in rollouts],
         [r.completion for r in rollouts],
-        columns,
+        columns_of([r.row for r in rollouts]),
         completion_ids=[r.completion_ids for r in rollouts],
     )
+    hand_out(report, rollouts)
+    return report
+
+
+def hand_out(report: RewardReport, rollouts: Sequence[Rollout]) -> None:
+    """Give each rollout its ``rewards`` and their sum."""
     for index, (rollout, total) in enumerate(zip(rollouts, report.totals, strict=True)):
         rollout.rewards = {name: scores[index] for name, scores in report.scores.items()}
         rollout.reward = total
-    return report
 
 
 def assign_advantages(rollouts: list[Rollout], num_generations: int, scale: str) -> None:
@@ -109,6 +127,7 @@ class MicroBatch:
     packed: PackedBatch  # prompts + completions, N tokens
     rows: Tensor  # [M] int64: hidden row that predicts completion token m
     completions: PackedBatch  # the M completion tokens with their per-token fields
+    kept: Tensor | None = None  # what each of the M was drawn from, where the sampler truncates
 
 
 @dataclass
@@ -132,6 +151,8 @@ class RolloutArrays:
     advantages: Tensor  # [R] fp32
     old_logprobs: Tensor | None = None  # [T] fp32
     ref_logprobs: Tensor | None = None  # [T] fp32
+    support_ids: np.ndarray | None = None  # the two of ``Support``, where the sampler truncates
+    support_counts: np.ndarray | None = None
     order: list[np.ndarray] = field(
         default_factory=list
     )  # mini-batches still to do, rollout indices
@@ -146,22 +167,51 @@ class RolloutArrays:
         mask_truncated: bool,
         max_completion_length: int,
     ) -> RolloutArrays:
+        """Of rollouts with rewards and advantages. See ``take_rewards``."""
+        arrays = cls.before_rewards(
+            rollouts,
+            device=device,
+            mask_truncated=mask_truncated,
+            max_completion_length=max_completion_length,
+        )
+        arrays.take_rewards(rollouts, drop_dead=drop_dead)
+        return arrays
+
+    def take_rewards(self, rollouts: list[Rollout], *, drop_dead: bool) -> None:
         """``drop_dead``: groups whose rewards are all equal have zero advantage; without a KL or
         entropy term their gradient is exactly zero, and they are never packed (they still count in
         the denominator)."""
-        counted = np.array([r.reward is not None for r in rollouts])
-        kept = np.array([not mask_truncated or r.finish_reason == "stop" for r in rollouts])
-        live = counted & kept
+        self.counted = np.array([r.reward is not None for r in rollouts])
+        self.live = self.counted & self.kept
         if drop_dead:
-            live &= np.array([r.advantage != 0.0 for r in rollouts])
+            self.live &= np.array([r.advantage != 0.0 for r in rollouts])
+        self.advantages = torch.tensor(
+            [r.advantage for r in rollouts],
+            dtype=torch.float32,
+            device=self.token_ids.device,
+        )
+
+    @classmethod
+    def before_rewards(
+        cls,
+        rollouts: list[Rollout],
+        *,
+        device: torch.device,
+        mask_truncated: bool,
+        max_completion_length: int,
+    ) -> RolloutArrays:
+        """Of rollouts that are still being scored, as if all of them came to count."""
+        kept = np.array([not mask_truncated or r.finish_reason == "stop" for r in rollouts])
         completion_ids = [t for r in rollouts for t in r.completion_ids]
         token_ids = [t for r in rollouts for t in (*r.prompt_ids, *r.completion_ids)]
+        known = rollouts[0].support is not None
+        support = Support.concatenate([r.support for r in rollouts]) if known else None
         return cls(
             prompt_lengths=np.array([len(r.prompt_ids) for r in rollouts]),
             completion_lengths=np.array([len(r.completion_ids) for r in rollouts]),
-            counted=counted,
+            counted=np.ones(len(rollouts), dtype=bool),
             kept=kept,
-            live=live,
+            live=kept,
             max_completion_length=max_completion_length,
             token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
             completion_ids=torch.tensor(completion_ids, dtype=torch.int64, device=device),
@@ -170,17 +220,23 @@ class RolloutArrays:
                 dtype=torch.float32,
                 device=device,
             ),
-            advantages=torch.tensor(
-                [r.advantage for r in rollouts], dtype=torch.float32, device=device
-            ),
+            advantages=torch.zeros(len(rollouts), device=device),
+            support_ids=None if support is None else support.ids,
+            support_counts=None if support is None else support.counts,
         )
 
     @property
     def lengths(self) -> np.ndarray:
         return self.prompt_lengths + self.completion_lengths
 
-    def micro_batch(self, indices: Sequence[int]) -> MicroBatch:
-        """Pack the sequences ``indices``, in that order."""
+    @cached_property
+    def support(self) -> Support | None:
+        if self.support_ids is None:
+            return None
+        return Support(self.support_ids, self.support_counts)
+
+    def micro_batch(self, indices: Sequence[int], vocab: int) -> MicroBatch:
+        """Pack the sequences ``indices``, in that order. ``vocab``: rows of the head."""
         chosen = np.asarray(indices)
         packed = pack_rollouts(self.token_ids, offsets=_offsets(self.lengths), order=chosen)
         fixed = {"old_logprobs": self.old_logprobs, "ref_logprobs": self.ref_logprobs}
@@ -195,9 +251,14 @@ class RolloutArrays:
             order=chosen,
         )
         rows = completion_rows(self.prompt_lengths[chosen], self.completion_lengths[chosen])
-        return MicroBatch(
-            packed=packed, rows=rows.to(self.token_ids.device), completions=completions
-        )
+        device, kept = self.token_ids.device, None
+        if self.support is not None:
+            starts, counts = (
+                _offsets(self.completion_lengths)[chosen],
+                self.completion_lengths[chosen],
+            )
+            kept = self.support.take(spans(starts, counts)).kept(vocab, device)
+        return MicroBatch(packed=packed, rows=rows.to(device), completions=completions, kept=kept)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Contiguous CPU tensors for safetensors."""
@@ -215,6 +276,7 @@ class RolloutArrays:
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> RolloutArrays:
         on_host = ("prompt_lengths", "completion_lengths", "counted", "kept", "live")
+        on_host += tuple(n for n in ("support_ids", "support_counts") if n in tensors)
         values: dict[str, Any] = {name: tensors[name].numpy() for name in on_host}
         values["max_completion_length"] = int(tensors["max_completion_length"])
         for f in fields(cls):
@@ -267,6 +329,8 @@ def rollout_metrics(
     if len(scored):
         rows["reward"], rows["reward_std"] = float(scored.mean()), float(scored.std())
     for name, scores in report.scores.items():
+        if not report.outcomes[name].total():  # no row of its domains in this rollout
+            continue
         values = [score for score in scores if score is not None]
         if values:
             rows[f"rewards/{name}/mean"] = float(np.mean(values))
@@ -276,3 +340,15 @@ def rollout_metrics(
         if name in report.first_errors:
             rows[f"rewards/{name}/first_error"] = report.first_errors[name]
     return rows
+
+
+def domain_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Share and mean reward of each domain (``scenarios.with_domains``) in a rollout."""
+    found: dict[str, float] = {}
+    for domain in sorted({r.row["domain"] for r in rollouts}):
+        rewards = [r.reward for r in rollouts if r.row["domain"] == domain]
+        scored = [reward for reward in rewards if reward is not None]
+        found[f"domains/{domain}/share"] = len(rewards) / len(rollouts)
+        if scored:
+            found[f"domains/{domain}/reward"] = float(np.mean(scored))
+    return found

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:  # it knows torch, which rewards do without
+    from grpo_engine.support import Support
 
 FinishReason = Literal["stop", "length"]
 
@@ -25,6 +28,7 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    return_support: bool = False  # with each token the ids it was drawn from, where these are cut
 
     def __post_init__(self) -> None:
         if self.max_completion_length < 1:
@@ -38,6 +42,10 @@ class SamplingParams:
             raise UserError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:
             raise UserError(f"top_k must be >= 0 (0 = all), got {self.top_k}")
+
+    def truncates(self, vocab_size: int) -> bool:
+        """Whether a token may be drawn from fewer ids than ``vocab_size``."""
+        return self.top_p < 1 or 0 < self.top_k < vocab_size
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,7 @@ class Generation:
     completion_ids: list[int]
     sampler_logprobs: list[float]
     finish_reason: FinishReason
+    support: Support | None = None  # of its tokens, if asked for
 
 
 @dataclass
@@ -75,6 +84,7 @@ class Rollout:
     sampler_logprobs: list[float]
     finish_reason: FinishReason
     group: int  # index of the prompt within this rollout batch
+    support: Support | None = None  # the ids each token was drawn from, where top-p or top-k cut
     rewards: dict[str, float | None] = field(default_factory=dict)
     reward: float | None = None  # weighted sum; None = no reward function could score it
     advantage: float = 0.0

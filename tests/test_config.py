@@ -5,19 +5,13 @@ import pytest
 import yaml
 
 from grpo_engine.cli import main, parse_flags
-from grpo_engine.config import (
-    GRPOConfig,
-    apply_overrides,
-    build_config,
-    config_text,
-    load_recipe,
-    recipe_names,
-)
+from grpo_engine.config import GRPOConfig, build_config
 from grpo_engine.kernels import make_loss_options
+from grpo_engine.settings import apply_overrides, config_text, load_recipe, recipe_names
 from grpo_engine.types import UserError
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", recipe_names("grpo"))
 def test_every_recipe_is_valid(name):
     build_config(load_recipe(name))
 
@@ -57,6 +51,7 @@ def test_overrides_reach_into_mappings_and_parse_yaml():
             ("reward_funcs", "[accuracy]"),
             ("delta", "null"),
         ],
+        GRPOConfig,
     )
     assert values["dataset_args"] == {"seed": 1, "size": 50}
     assert values["reward_funcs"] == ["accuracy"] and values["delta"] is None
@@ -69,7 +64,7 @@ def test_flags():
     )
     assert pairs == [("learning_rate", "1e-6"), ("seed", "3"), ("entropy_coef", "-0.1")]
     assert special == {"resume": True}
-    assert build_config(apply_overrides({}, pairs)).learning_rate == 1e-6
+    assert build_config(apply_overrides({}, pairs, GRPOConfig)).learning_rate == 1e-6
 
 
 @pytest.mark.parametrize(

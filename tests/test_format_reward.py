@@ -1,4 +1,5 @@
-"""The R1-Zero format reward: exactly one think block, then exactly one non-empty answer block."""
+"""The format rewards. R1-Zero's: exactly one think block, then exactly one non-empty answer block.
+The readable one: exactly one think block, then a summary."""
 
 import re
 import time
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_engine.rewards import format_reward
+from grpo_engine.rewards import format_r1_reward, format_reward
 
 GOOD = "<think>2 + 2 is 4</think> <answer>4</answer>"
 
@@ -83,3 +84,51 @@ def test_a_long_adversarial_completion_is_scanned_in_linear_time():
 
 def test_other_columns_are_ignored():
     assert format_reward(completions=[GOOD], prompts=["q"], solution=["4"]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        GOOD,
+        "<think>2 + 2 is 4</think>It is 4.",
+        "\n<think>\nfirst\n\nsecond\n</think>\n\nThe answer is \\boxed{4}.\n",
+        "<think></think>Hello!",  # a greeting needs no reasoning
+        "<think>a</think>see <answer>4</answer> or </answer>",  # tags of answers are only text
+        [{"role": "assistant", "content": "<think>a</think>b"}],
+    ],
+)
+def test_reasoning_then_a_summary_is_readable(completion):
+    assert format_r1_reward([completion]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "",
+        "It is 4.",
+        "<think>a",
+        "<think>a</think>",
+        "<think>a</think> \n\t",
+        "a</think>b",
+        "So: <think>a</think>b",
+        "<think>a</think>b<think>c</think>d",
+        "<think>a</think>b</think>",
+        "<think><think>a</think>b",
+        "</think>a<think>b",
+        "<THINK>a</THINK>b",
+    ],
+)
+def test_everything_else_is_not_readable(completion):
+    assert format_r1_reward([completion]) == [0.0]
+
+
+def test_prefilled_thinking_of_the_readable_format():
+    found = format_r1_reward(["a</think>b", "<think>a</think>b", "a"], thinking_prefilled=True)
+    assert found == [1.0, 0.0, 0.0]
+
+
+@given(st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "x", " ", "\n"])))
+def test_any_sequence_of_pieces_agrees_with_the_readable_grammar(pieces):
+    text = "".join(pieces)
+    grammar = r"\s*<think>((?!</?think>)[\s\S])*</think>\s*((?!</?think>)\S)((?!</?think>)[\s\S])*"
+    assert format_r1_reward([text]) == [float(re.fullmatch(grammar, text) is not None)]

@@ -20,7 +20,8 @@ from tiny_model import make_tiny_model, run_settings
 from grpo_engine.checkpoint import list_checkpoints, verify_checkpoint
 from grpo_engine.config import build_config
 from grpo_engine.generation.hf import HFGenerator
-from grpo_engine.grpo import GRPORun, RunAborted, linear_grpo_loss
+from grpo_engine.grpo import GRPORun, linear_grpo_loss
+from grpo_engine.learner import RunAborted
 from grpo_engine.metrics import read_metrics
 from grpo_engine.policy import Policy
 from grpo_engine.rewards import RewardPool, RewardSpec

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_engine.models import MINIATURE, corpus
+from grpo_engine.models import MINIATURE, MINIATURE_STUDENT, corpus
 from grpo_engine.models import train_miniature as maker
+from grpo_engine.models.load import load_model
 from grpo_engine.rewards import accuracy_reward, format_reward
 
 
@@ -32,8 +33,9 @@ def built_tokenizer():
 # --- files and tokenizer ---
 
 
-def test_shipped_folder_is_complete_and_small():
-    files = {path.name: path.stat().st_size for path in MINIATURE.iterdir()}
+@pytest.mark.parametrize(("folder", "limit"), [(MINIATURE, 4e6), (MINIATURE_STUDENT, 1e6)])
+def test_shipped_folder_is_complete_and_small(folder, limit):
+    files = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert set(files) == {
         "README.md",
         "config.json",
@@ -42,9 +44,18 @@ def test_shipped_folder_is_complete_and_small():
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    assert sum(files.values()) < 4_000_000
-    config = json.loads((MINIATURE / "config.json").read_text())
+    assert sum(files.values()) < limit
+    config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["Qwen2ForCausalLM"]
+
+
+def test_student_is_smaller_and_reads_the_same_tokens(tokenizer):
+    model, own = load_model("miniature-student", torch.float32)
+    assert own.get_vocab() == tokenizer.get_vocab()
+    teacher, _ = load_model("miniature", torch.float32)
+    assert 3 < teacher.num_parameters() / model.num_parameters() < 5
+    card = (MINIATURE_STUDENT / "README.md").read_text(encoding="utf-8")
+    assert f"{model.num_parameters():,} weights" in card
 
 
 def test_shipped_tokenizer_is_the_one_the_script_builds(tokenizer, built_tokenizer):
@@ -164,6 +175,19 @@ def test_labels_cover_the_completion_and_its_end(monkeypatch, built_tokenizer):
         assert row[kept[-1]] == eos
         assert built_tokenizer.decode(ids[: kept[0]]).endswith(" Assistant:")
         assert all(i == built_tokenizer.token_to_id(maker.PAD) for i in ids[kept[-1] + 1 :])
+
+
+def test_card_says_how_to_make_the_model_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(maker, "HELD_OUT_SIZE", 4)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
+    threads = str(torch.get_num_threads())
+    told = ["--size", "student", "--steps", "1", "--seed", "3", "--threads", threads]
+    maker.main([*told, "--out", str(tmp_path), "--max-completion-length", "8"])
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("# miniature-student: ")
+    assert "--out DIR " + " ".join(told) in card
+    assert "| cut by the cap | 1.000 |" in card
+    assert load_model(str(tmp_path), torch.float32)[0].num_parameters() < 200_000
 
 
 def test_same_seed_gives_the_same_weights(monkeypatch, built_tokenizer):

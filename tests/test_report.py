@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
 import yaml
+from report_page import Page, assert_needs_nothing
 
 from grpo_engine.report import headline, write_report
 from grpo_engine.report.charts import Line, line_chart, percent, plain_number, thin, ticks
@@ -15,39 +15,6 @@ from grpo_engine.report.words import hardware
 from grpo_engine.types import UserError
 
 R1_ZERO = "A conversation between User and Assistant. User: {} Assistant:"
-
-
-class Page(HTMLParser):
-    """Checks that tags nest, and collects the text and what a page could request or run."""
-
-    VOID = {"meta", "br", "hr", "img", "input", "link"}
-
-    def __init__(self, html):
-        super().__init__()
-        self.open, self.tags, self.attributes, self.words = [], [], [], []
-        self.feed(html)
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value) for name, value in attrs]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value) for name, value in attrs]
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes the wrong element"
-
-    def handle_data(self, words):
-        if not self.open or self.open[-1] not in ("style", "script"):
-            self.words.append(words)
-
-    @property
-    def text(self):
-        return re.sub(r"[ \n]+", " ", " ".join(self.words))
 
 
 def eval_samples(step, correct):
@@ -143,12 +110,7 @@ def test_outcome_is_told_with_the_measured_numbers(run_folder):
 
 def test_page_needs_nothing_but_itself(run_folder):
     html = write_report(run_folder).read_text("utf-8")
-    parsed = Page(html)
-    assert not {"link", "img", "iframe", "object", "embed"} & set(parsed.tags)
-    assert "src" not in {name for _, name, _ in parsed.attributes}
-    assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", html)
-    assert "default-src 'none'" in html
-    assert not [a for a in parsed.attributes if a[1].startswith("on")]
+    assert_needs_nothing(html)
 
 
 def test_every_chart_is_described_in_words(run_folder):

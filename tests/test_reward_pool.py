@@ -333,6 +333,37 @@ def test_reasoning_gym_rows_in_the_pool():
     assert report.scores["reasoning_gym"] == [1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
 
 
+def test_the_first_error_is_that_of_the_first_completion_not_of_the_fastest_worker(tmp_path):
+    (tmp_path / "late.py").write_text(
+        "import time\n"
+        "def reward(completions, **columns):\n"
+        "    time.sleep(float(completions[0]))\n"
+        "    raise ValueError(completions[0])\n"
+    )
+    rewards = [f"{tmp_path / 'late.py'}:reward"]
+    with RewardPool(rewards, num_workers=2, max_error_rate=1.0) as pool:
+        report = pool.score(["q"] * 2, ["0.4", "0.0"], {})
+    assert report.first_errors["reward"].startswith("ValueError: 0.4")
+
+
+def test_a_row_of_another_kind_gets_no_score_and_keeps_its_sum():
+    pytest.importorskip("math_verify")
+    columns = {
+        "solution": ["4", None, "B", None],
+        "num_choices": [None, None, 4, None],
+        "task": [None, "chain_sum", None, None],
+        "entry": [None, {"answer": "4", "question": "2 + 2"}, None, None],
+    }
+    answer = "<think>a</think> <answer>4</answer>"
+    choice = "<think>a</think> <answer>B</answer>"
+    with RewardPool(["choice", "reasoning_gym", "format"], num_workers=1) as pool:
+        report = score(pool, [answer, answer, choice, "no answer"], **columns)
+    assert report.scores["choice"] == [None, None, 1.0, None]
+    assert report.scores["reasoning_gym"] == [None, 1.0, None, None]
+    assert report.outcomes["reasoning_gym"] == {"ok": 1, "none": 3}
+    assert report.totals == [1.0, 2.0, 2.0, 0.0]
+
+
 def test_missing_columns_and_unequal_lengths_are_named(pool):
     wanted = "'accuracy' needs the column 'solution'; the rows have: answer, level"
     with RewardPool(["accuracy"], num_workers=1) as accuracy, pytest.raises(UserError) as caught:

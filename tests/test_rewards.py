@@ -530,10 +530,10 @@ def test_verl_functions(tmp_path):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("acuracy", "unknown reward 'acuracy': wanted one of accuracy, code, format, "),
+        ("acuracy", "unknown reward 'acuracy': wanted one of accuracy, choice, code, format, "),
         ("no_such_module_here:fn", "cannot import 'no_such_module_here'"),
         ("json:no_such_function", "has no function 'no_such_function'"),
-        ("absent.py:fn", "reward file 'absent.py' does not exist"),
+        ("absent.py:fn", "reward 'fn': file 'absent.py' does not exist"),
         ("json:dumps", "wanted TRL's"),
     ],
 )

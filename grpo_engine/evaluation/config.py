@@ -3,22 +3,18 @@
 
 from __future__ import annotations
 
-import difflib
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field
 
-from grpo_engine.config import apply_overrides
-from grpo_engine.types import UserError
+from grpo_engine.settings import Settings, build_config
 
 
-class EvalConfig(BaseModel):
+class EvalConfig(Settings):
     """Everything an evaluation depends on; the resolved copy is saved as ``config.yaml``."""
 
-    model_config = ConfigDict(
-        extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
-    )
+    stage: ClassVar[str] = "eval"
 
     # --- what is evaluated ----------------------------------------------------------------------
     model: str = Field(
@@ -26,6 +22,7 @@ class EvalConfig(BaseModel):
         description="local folder, Hugging Face id, or 'miniature' / 'smollm2-135m-instruct'",
     )
     data: str = Field(
+        min_length=1,
         description="*.jsonl, *.parquet, Hugging Face id or folder, or reasoning_gym:<task>",
     )
     data_args: dict[str, Any] = Field(
@@ -112,27 +109,16 @@ class EvalConfig(BaseModel):
     )
     output_dir: str = "runs/eval"
 
-    @model_validator(mode="after")
-    def _consistent(self) -> EvalConfig:
-        if self.ks is not None:
-            if not self.ks or sorted(set(self.ks)) != self.ks or self.ks[0] < 1:
-                raise ValueError(f"ks={self.ks}: wanted rising whole numbers >= 1")
-            if self.ks[-1] > self.num_samples:
-                raise ValueError(
-                    f"ks={self.ks}: {self.ks[-1]} needs as many samples, num_samples is "
-                    f"{self.num_samples}"
-                )
-        return self
-
-    @classmethod
-    def help_text(cls) -> str:
-        """One line a field: flag, default, meaning."""
-        lines = []
-        for name, field in cls.model_fields.items():
-            default = "required" if field.is_required() else repr(field.get_default())
-            note = f"  {field.description}" if field.description else ""
-            lines.append(f"  --{name} ({default}){note}")
-        return "\n".join(lines)
+    def _problems(self) -> Iterator[str]:
+        if self.ks is None:
+            return
+        if not self.ks or sorted(set(self.ks)) != self.ks or self.ks[0] < 1:
+            yield f"ks={self.ks}: wanted rising whole numbers >= 1"
+        elif self.ks[-1] > self.num_samples:
+            yield (
+                f"ks={self.ks}: {self.ks[-1]} needs as many samples, num_samples is "
+                f"{self.num_samples}"
+            )
 
     def resolved_ks(self) -> list[int]:
         """The k that are estimated: ``ks``, or the powers of two and ``num_samples`` itself."""
@@ -143,30 +129,6 @@ class EvalConfig(BaseModel):
 
 
 def build_eval_config(values: dict[str, Any], flags: list[tuple[str, str]] = ()) -> EvalConfig:
-    """``values`` (of a YAML file) with ``--field value`` flags laid over them, validated; a problem
-    becomes one ``UserError`` line naming field and value."""
-    fields = EvalConfig.model_fields
-    text = {name for name, field in fields.items() if field.annotation in (str, str | None)}
-    others = [(name, value) for name, value in flags if name not in text or value == "null"]
-    merged = apply_overrides(values, others)
-    merged |= {name: value for name, value in flags if name in text and value != "null"}
-    for name in merged:
-        if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(f"--{name} {merged[name]!r}: unknown field{hint}")
-    if not merged.get("data"):
-        raise UserError("--data: needs a value (a .jsonl file, reasoning_gym:<task>, ...)")
-    try:
-        return EvalConfig(**merged)
-    except ValidationError as error:
-        first, *others = error.errors()
-        field = str(first["loc"][0]) if first["loc"] else ""
-        message = first["msg"].removeprefix("Value error, ")
-        line = f"--{field} {first['input']!r}: {message}" if field else message
-        raise UserError(line + (f" (and {len(others)} more)" if others else "")) from error
-
-
-def eval_config_text(config: EvalConfig) -> str:
-    """The resolved configuration as YAML; ``build_eval_config`` reads it back the same."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """``values`` (of a YAML file) with ``--field value`` flags laid over them, validated. See
+    ``settings.build_config``."""
+    return build_config(values, EvalConfig, flags)

@@ -1,12 +1,13 @@
-"""The folder of an evaluation: what it may hold, and whether its samples are of the same one."""
+"""The folder of a run that goes on where it stopped, such as an evaluation: what it may hold, and
+whether its samples are of the same run."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_engine.evaluation.config import EvalConfig
 from grpo_engine.evaluation.samples import SAMPLES_FILE
 from grpo_engine.types import UserError
 
@@ -14,19 +15,24 @@ RESULTS_FILE = "results.json"
 FILES = ("config.yaml", "manifest.json", RESULTS_FILE, SAMPLES_FILE)
 
 
-def check_folder(config: EvalConfig, folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds something else, holds an input to be deleted, or cannot be
-    written to. Leaves nothing behind."""
+def check_folder(
+    folder: Path,
+    overwrite: bool,
+    sources: Mapping[str, str | None],
+    *,
+    verb: str = "eval",
+    files: Sequence[str] = FILES,
+) -> None:
+    """Refuse a folder that holds something other than the ``files`` of a run of ``verb``, holds an
+    input (``sources``: by field) to be deleted, or cannot be written to. Leaves nothing behind."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: exists and is not a folder")
-    there = [name for name in (*FILES, "metrics.jsonl") if _is_filled(folder / name)]
-    if "metrics.jsonl" in there or (there and not _is_evaluation(folder)):
+    there = [name for name in (*files, "metrics.jsonl") if _is_filled(folder / name)]
+    if "metrics.jsonl" in there or (there and not _is_run_of(verb, folder)):
         raise UserError(f"--output_dir {folder}: holds another run ({', '.join(there)})")
-    for name in ("data", "check_overlap") if overwrite else ():
-        source = getattr(config, name)
-        if source and Path(source).expanduser().resolve() in {
-            (folder / file).resolve() for file in FILES
-        }:
+    own = {(folder / file).resolve() for file in files}
+    for name, source in sources.items() if overwrite else ():
+        if source and Path(source).expanduser().resolve() in own:
             raise UserError(f"--overwrite: would delete --{name} {source}")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -55,9 +61,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"--output_dir {folder}: manifest.json cannot be read ({error})") from error
 
 
-def _is_evaluation(folder: Path) -> bool:
+def _is_run_of(verb: str, folder: Path) -> bool:
     manifest = read_manifest(folder)
-    return manifest is not None and manifest.get("verb") == "eval"
+    return manifest is not None and manifest.get("verb") == verb
 
 
 def check_same_inputs(folder: Path, inputs: dict[str, Any]) -> None:
@@ -65,7 +71,8 @@ def check_same_inputs(folder: Path, inputs: dict[str, Any]) -> None:
     manifest = read_manifest(folder)
     if manifest is None:
         return
-    before, after = (_flat(identity(one)) for one in (manifest["inputs"], inputs))
+    then = {group: members for group, members in manifest["inputs"].items() if group in inputs}
+    before, after = (_flat(identity(one)) for one in (then, inputs))
     for name in {**before, **after}:
         if before.get(name) != after.get(name):
             raise UserError(

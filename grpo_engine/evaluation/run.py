@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from transformers.utils import logging as transformers_logging
 
-from grpo_engine.evaluation.config import EvalConfig, eval_config_text
+from grpo_engine.evaluation.config import EvalConfig
 from grpo_engine.evaluation.folder import (
     RESULTS_FILE,
     check_folder,
@@ -46,24 +46,32 @@ from grpo_engine.manifest import (
 )
 from grpo_engine.metrics import write_atomically
 from grpo_engine.policy import Policy
-from grpo_engine.prepare import load_prompts, sandbox_tier, say, think_tag_is_open
-from grpo_engine.progress import wants_screen
+from grpo_engine.prepare import load_prompts, sandbox_tier, think_tag_is_open
+from grpo_engine.progress import say, wants_screen
 from grpo_engine.rewards import RewardError, RewardPool, RewardSpec
 from grpo_engine.rewards.answers import marked_answers, text_after_thinking
 from grpo_engine.rewards.choice import chosen_letters
 from grpo_engine.rollouts import Prompt, derive_seed
+from grpo_engine.settings import config_text
 from grpo_engine.types import GenerationRequest, SamplingParams, UserError
 
 ERRORS_COUNT_FROM = 32  # samples
 
 
-def run_eval(config: EvalConfig, *, overwrite: bool = False, dry_run: bool = False) -> int:
+def run_eval(
+    config: EvalConfig,
+    *,
+    recipe: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> int:
     """Evaluate, and return the process's exit code. A folder with samples of the same evaluation is
     continued. Raises ``UserError`` for bad input, before anything is written."""
     transformers_logging.disable_progress_bar()  # they would tear the live screen
     folder = Path(config.output_dir)
     with Interrupt() as interrupt, ExitStack() as stack:
-        check_folder(config, folder, overwrite)
+        sources = {"data": config.data, "check_overlap": config.check_overlap}
+        check_folder(folder, overwrite, sources)
         evaluation = prepare(config, stack)
         if not overwrite:
             check_same_inputs(folder, evaluation.inputs)
@@ -72,9 +80,9 @@ def run_eval(config: EvalConfig, *, overwrite: bool = False, dry_run: bool = Fal
             return 0
         folder.mkdir(parents=True, exist_ok=True)
         samples = stack.enter_context(SampleFile(folder, evaluation.key_of, empty=overwrite))
-        manifest = Manifest(folder, manifest_values(evaluation))
+        manifest = Manifest(folder, manifest_values(evaluation, recipe))
         manifest.update(status="running", started=now(), finished=None)
-        write_atomically(folder / "config.yaml", eval_config_text(config))
+        write_atomically(folder / "config.yaml", config_text(config))
         (folder / RESULTS_FILE).unlink(missing_ok=True)  # perhaps of fewer samples
         return finish(evaluation, samples, interrupt, manifest)
 
@@ -202,7 +210,7 @@ class Evaluation:
     def notes(self, cell: Cell) -> dict[str, Any]:
         """For the reader of samples.jsonl."""
         row = self.of_row[cell[0]].row
-        shown = ("solution", "choice_order")
+        shown = ("solution", "choice_order", *(("prompt",) if cell[1] == 0 else ()))
         return {name: row[name] for name in shown if name in row and _is_plain(row[name])}
 
     def results(self, samples: SampleFile) -> dict[str, Any]:
@@ -340,10 +348,11 @@ def check_context(config: EvalConfig, policy: Policy, prompts: list[Prompt]) -> 
         )
 
 
-def manifest_values(evaluation: Evaluation) -> dict[str, Any]:
+def manifest_values(evaluation: Evaluation, recipe: str | None) -> dict[str, Any]:
     return {
         "verb": "eval",
         "name": Path(evaluation.config.output_dir).name,
+        "recipe": recipe,
         "code_version": code_version(),
         "seed": evaluation.config.seed,
         "inputs": evaluation.inputs,

@@ -21,7 +21,7 @@ from typing import Any
 
 from grpo_engine.types import UserError
 
-Cell = tuple[int, int]  # (row number in the data, sample number)
+Cell = tuple[Any, ...]  # of a sample: (row number in the data, sample number)
 SAMPLES_FILE = "samples.jsonl"
 
 
@@ -38,6 +38,10 @@ class Sample:
     answers: list[str] | None  # as marked in the completion; None where it marks none
     score: float | None  # None: could not be judged
     outcome: str  # of the reward: ok, no_answer, timeout, error ...
+
+    @property
+    def cell(self) -> Cell:
+        return self.row, self.sample
 
     @property
     def right(self) -> bool:
@@ -85,15 +89,22 @@ class SampleFile(AbstractContextManager):
     end is dropped.
 
     ``key_of(cell)`` is the key a sample of this evaluation must have, None for a row that is not
-    part of it. ``empty`` throws away what is there. Raises UserError for a sample of another
-    evaluation, a damaged file, or one that another process is writing.
+    part of it. ``empty`` throws away what is there. ``kind`` is what a line holds: a dataclass
+    with ``row``, ``sample`` and ``cell``. Raises UserError for a sample of another evaluation, a
+    damaged file, or one that another process is writing.
     """
 
     def __init__(
-        self, folder: Path, key_of: Callable[[Cell], str | None], *, empty: bool = False
+        self,
+        folder: Path,
+        key_of: Callable[[Cell], str | None],
+        *,
+        empty: bool = False,
+        kind: type = Sample,
     ) -> None:
         self.path, self.key_of, self.empty = folder / SAMPLES_FILE, key_of, empty
-        self.samples: dict[Cell, Sample] = {}
+        self.kind = kind
+        self.samples: dict[Cell, Any] = {}
 
     def __enter__(self) -> SampleFile:
         self._file = open(self.path, "a+b")
@@ -102,9 +113,8 @@ class SampleFile(AbstractContextManager):
             self._file.truncate(0 if self.empty else self._read())
         except BlockingIOError:
             self._file.close()
-            raise UserError(
-                f"--output_dir {self.path.parent}: another evaluation is at it"
-            ) from None
+            work = "evaluation" if self.kind is Sample else "process"
+            raise UserError(f"--output_dir {self.path.parent}: another {work} is at it") from None
         except BaseException:
             self._file.close()
             raise
@@ -117,7 +127,7 @@ class SampleFile(AbstractContextManager):
         """Take in the samples; where the last whole batch ends, in bytes."""
         self._file.seek(0)
         end = position = 0
-        batch: list[Sample] = []
+        batch: list[Any] = []
         name = None
         for number, line in enumerate(self._file, start=1):
             position += len(line)
@@ -129,7 +139,7 @@ class SampleFile(AbstractContextManager):
             name = values["batch"]
             batch.append(self._checked(values, number))
             if len(batch) == values["batch_size"]:
-                self.samples |= {(one.row, one.sample): one for one in batch}
+                self.samples |= {one.cell: one for one in batch}
                 batch, name, end = [], None, position
         return end
 
@@ -138,29 +148,28 @@ class SampleFile(AbstractContextManager):
             values = json.loads(line)
         except ValueError as error:
             raise UserError(f"{self.path}:{number}: not valid JSON ({error})") from None
-        wanted = {"key", "batch", "batch_size", *(one.name for one in fields(Sample))}
+        wanted = {"key", "batch", "batch_size", *(one.name for one in fields(self.kind))}
         if not isinstance(values, dict) or not wanted <= set(values):
-            raise UserError(f"{self.path}:{number}: not a sample of an evaluation")
+            raise UserError(f"{self.path}:{number}: not a sample of this kind of run")
         return values
 
-    def _checked(self, values: dict[str, Any], number: int) -> Sample:
-        sample = Sample(**{one.name: values[one.name] for one in fields(Sample)})
-        cell = (sample.row, sample.sample)
+    def _checked(self, values: dict[str, Any], number: int) -> Any:
+        sample = self.kind(**{one.name: values[one.name] for one in fields(self.kind)})
+        cell = sample.cell
         if self.key_of(cell) != values["key"]:
             raise UserError(
                 f"{self.path}:{number}: drawn from another model, prompt, seed or sampling than "
                 f"--output_dir {self.path.parent} is now asked for; replace it with --overwrite"
             )
         if cell in self.samples:
-            raise UserError(f"{self.path}:{number}: row {cell[0]} sample {cell[1]} is there twice")
+            where = f"row {sample.row} sample {sample.sample}"
+            raise UserError(f"{self.path}:{number}: {where} is there twice")
         return sample
 
-    def append(
-        self, batch: Sequence[Sample], notes: Sequence[dict[str, Any]] | None = None
-    ) -> None:
+    def append(self, batch: Sequence[Any], notes: Sequence[dict[str, Any]] | None = None) -> None:
         """Add the samples of one batch and force them to the disk. ``notes`` are columns for the
         reader that the evaluation itself does not need."""
-        keys = [self.key_of((one.row, one.sample)) for one in batch]
+        keys = [self.key_of(one.cell) for one in batch]
         name = {"batch": fingerprint(keys), "batch_size": len(batch)}
         rows = zip(keys, batch, notes or [{}] * len(batch), strict=True)
         lines = [
@@ -172,4 +181,4 @@ class SampleFile(AbstractContextManager):
         self._file.write("".join(lines).encode("utf-8", "replace"))
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.samples |= {(one.row, one.sample): one for one in batch}
+        self.samples |= {one.cell: one for one in batch}

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from grpo_engine.types import Generation, GenerationRequest, SamplingParams, UserError
+
+# Called with the indices of some requests and their completions, as soon as these are drawn.
+OnBatch = Callable[[Sequence[int], Sequence[Generation]], None]
 
 
 class Generator(Protocol):
     """Token ids in, token ids out: nothing is decoded and tokenised again on the way."""
 
     def generate(
-        self, requests: Sequence[GenerationRequest], sampling: SamplingParams
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: SamplingParams,
+        *,
+        on_batch: OnBatch | None = None,
     ) -> list[Generation]:
         """Draw one completion per request, in the order of the requests.
 
+        ``on_batch`` is told of each request once, in any order.
+
         A request's tokens depend on its prompt, its seed, the sampling parameters and the weights,
-        not on the other requests (up to rounding in batched matrix products).
+        not on the other requests (up to rounding in batched matrix products). Where
+        ``sampling.return_support`` is set and its top-p or top-k cut, each comes with its support.
         Raises UserError for an empty prompt or one that leaves no room for the completion.
         """
         ...

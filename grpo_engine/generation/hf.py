@@ -14,7 +14,8 @@ Where the time of a small model goes, and what is done about it:
   each token;
 * prompts: each distinct prompt of a batch is run, stored and read once for its whole group;
 * finished rows leave the batch, cache included, once a quarter of it is done;
-* the host waits for the device once a token, to learn which rows have ended.
+* the host waits for the device once a token, to learn which rows have ended (and for the ids that
+  each token was drawn from, where the trainer asks for them).
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from grpo_engine.generation.base import check_requests
+from grpo_engine.generation.base import OnBatch, check_requests
 from grpo_engine.generation.prefix import SharedPrefix
 from grpo_engine.policy import Policy, routed_attention
+from grpo_engine.support import Support
 from grpo_engine.types import Generation, GenerationRequest, SamplingParams, UserError
 
 # Rows leave the batch when this fraction has ended; selecting copies the live rows' cache once.
@@ -157,7 +159,11 @@ class HFGenerator:
         self.weights_version = 0
 
     def generate(
-        self, requests: Sequence[GenerationRequest], sampling: SamplingParams
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: SamplingParams,
+        *,
+        on_batch: OnBatch | None = None,
     ) -> list[Generation]:
         """See ``Generator.generate``. Raises FloatingPointError where logits are NaN."""
         if self.policy is None:
@@ -175,6 +181,8 @@ class HFGenerator:
                 drawn = _decode(self.policy, [requests[i] for i in members], sampling)
                 for i, generation in zip(members, drawn, strict=True):
                     results[i] = generation
+                if on_batch is not None:
+                    on_batch(members, drawn)
         return [generation for generation in results if generation is not None]
 
     def sync_weights(self, version: int) -> None:
@@ -361,6 +369,7 @@ def _draw(
     lengths = torch.full((num_rows,), max_new, device=device)  # of the completions
     live = torch.arange(num_rows, device=device)  # request of each row still in the batch
     open_rows = torch.ones(num_rows, dtype=torch.bool, device=device)  # of those, not ended
+    supports: list[tuple[Tensor, Tensor, Tensor]] = []  # of each step, if asked for
     for t in range(max_new):
         # Temperature, top-k and top-p read the scores alone; a processor that wants the tokens so
         # far cannot come from our config, and would fail on None.
@@ -371,11 +380,14 @@ def _draw(
         token_ids[live, t] = token
         logprob = columns.gather(-1, column)[:, 0]
         logprobs[live, t] = logprob
+        if ids is not None and sampling.return_support:
+            inside = columns.isfinite()
+            supports.append((live.cpu(), inside.sum(-1).cpu(), ids[inside].int().cpu()))
         ended = open_rows & torch.isin(token, eos)
         # A mask as an index would make the host wait for its count.
         lengths[live] = torch.where(ended, t + 1, lengths[live])
         open_rows &= ~ended
-        # The step's one host sync.
+        # The step's one host sync, but for the support.
         num_open, num_bad = torch.stack([open_rows.sum(), logprob.isnan().sum()]).tolist()
         if num_bad:
             raise FloatingPointError(f"logits of {num_bad} rows are not finite at token {t}")
@@ -386,14 +398,21 @@ def _draw(
             live, token, open_rows = live[kept], token[kept], open_rows[kept]
             rows.keep(kept)
         rows.advance(token, t)
-    return _collect(token_ids, logprobs, lengths, set(eos_ids))
+    return _collect(token_ids, logprobs, lengths.tolist(), set(eos_ids), supports)
 
 
 def _collect(
-    token_ids: Tensor, logprobs: Tensor, lengths: Tensor, eos: set[int]
+    token_ids: Tensor,
+    logprobs: Tensor,
+    lengths: list[int],
+    eos: set[int],
+    steps: list[tuple[Tensor, Tensor, Tensor]],
 ) -> list[Generation]:
+    supports = Support.of_steps(steps, lengths) if steps else [None] * len(lengths)
     generations = []
-    for ids, logps, n in zip(token_ids.tolist(), logprobs.tolist(), lengths.tolist(), strict=True):
+    for ids, logps, n, support in zip(
+        token_ids.tolist(), logprobs.tolist(), lengths, supports, strict=True
+    ):
         reason = "stop" if ids[n - 1] in eos else "length"
-        generations.append(Generation(ids[:n], logps[:n], reason))
+        generations.append(Generation(ids[:n], logps[:n], reason, support))
     return generations

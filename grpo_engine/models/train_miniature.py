@@ -1,8 +1,10 @@
-"""Make the miniature base model: ``python -m grpo_engine.models.train_miniature --out DIR``.
+"""Make a miniature base model: ``python -m grpo_engine.models.train_miniature --out DIR``.
 
 Writes a Hugging Face directory (Qwen2 architecture, tokenizer included), then samples it on
-held-out problems of reasoning-gym's ``chain_sum`` and prints what the base does: accuracy, format,
-length, languages. Needs the extra ``[tasks]`` (reasoning-gym); runs on the CPU.
+held-out problems of reasoning-gym's ``chain_sum``, prints what the base does (accuracy, format,
+length, languages) and writes it into the folder's model card. ``--size student`` makes the smaller
+model of the distillation stage from the same text. Needs the extra ``[tasks]`` (reasoning-gym);
+runs on the CPU.
 
 Held out: the expressions of ``chain_sum`` for seed ``HELD_OUT_SEED`` and ``HELD_OUT_SIZE`` rows
 never occur in the training text. With the same seed, torch build, processor type and ``--threads``
@@ -15,7 +17,7 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -50,6 +52,12 @@ EOS, PAD = "<|endoftext|>", "<|pad|>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 MAX_POSITIONS = 1024
 IGNORE = -100  # label of a token that carries no loss
+
+# A student has a quarter of the weights: half the width.
+SIZES = {
+    "miniature": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4},
+    "student": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4},
+}
 
 BATCH_SIZE = 32  # documents an update
 LEARNING_RATE = 4e-3
@@ -107,13 +115,12 @@ def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def build_model(tokenizer: Tokenizer) -> Qwen2ForCausalLM:
+def build_model(tokenizer: Tokenizer, size: str = "miniature") -> Qwen2ForCausalLM:
+    """A fresh model of one of ``SIZES``, from torch's current random state."""
     eos, pad = tokenizer.token_to_id(EOS), tokenizer.token_to_id(PAD)
     config = Qwen2Config(
         vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
+        **SIZES[size],
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=MAX_POSITIONS,
@@ -272,9 +279,83 @@ def statistics(
     }
 
 
+CARD = """# {title}: {about}
+
+A Qwen2-architecture language model of {weights:,} weights (width {hidden_size}, {num_hidden_layers}
+layers, 4 heads over 2 key-value heads, tied embeddings, fp32) with the tokenizer of `miniature`,
+trained for {steps:,} updates of {batch_size} documents on the same generated text
+(`grpo_engine/models/corpus.py`; the card of `miniature` says what is in it). It answers chains of
+one-digit sums under the R1-Zero template and knows nothing else. No reward was used.
+
+## What it does before any other training
+
+{problems:,} held-out problems of reasoning-gym's `chain_sum` (`seed={held_out_seed}`, 4 to 6 terms
+of one digit; none of their expressions occurs in the training text), one sample each at
+temperature 1, cap {cap} tokens, graded by `accuracy_reward` and `format_reward`. The languages and
+"reasons and looks back" are shares of the answers that reason step by step.
+
+| | |
+|---|---|
+{table}
+
+## Make it again
+
+    pip install 'grpo-engine[tasks]'
+    python -m grpo_engine.models.train_miniature --out DIR {arguments}
+
+With the same seed, torch build, processor type and thread count the weights come out bit for bit
+the same; elsewhere only the statistics agree. These: torch {torch}. The program writes this card.
+
+Licence: Apache-2.0, like the package. The training text is generated; the wording of the question
+is reasoning-gym's (Apache-2.0).
+"""
+ABOUT = {
+    "miniature": "a base model small enough to watch",
+    "student": "a small base model to distil into",
+}
+ROWS = {
+    "accuracy": "accuracy",
+    "format": "in the exact R1-Zero format",
+    "mean_length": "mean length (tokens, with the end token)",
+    "truncated": "cut by the cap",
+    "chains": "answers that reason step by step",
+    "chain_accuracy": "accuracy of those",
+    "guess_accuracy": "accuracy of the others",
+    "english": "reasoning in English",
+    "chinese": "reasoning in Chinese",
+    "mixed": "reasoning in both",
+    "reflective": "reasons and looks back",
+}
+
+
+def model_card(
+    options: argparse.Namespace, weights: int, problems: int, found: Mapping[str, float]
+) -> str:
+    """The folder's README.md: what the model is and what it was seen to do (``statistics``)."""
+    digits = {"mean_length": 1}
+    lines = [f"| {words} | {found[name]:.{digits.get(name, 3)}f} |" for name, words in ROWS.items()]
+    return CARD.format(
+        **SIZES[options.size],
+        size=options.size,
+        title="miniature" if options.size == "miniature" else f"miniature-{options.size}",
+        about=ABOUT[options.size],
+        weights=weights,
+        steps=options.steps,
+        arguments=f"--size {options.size} --steps {options.steps} --seed {options.seed} "
+        f"--threads {options.threads}",
+        batch_size=BATCH_SIZE,
+        problems=problems,
+        held_out_seed=HELD_OUT_SEED,
+        cap=options.max_completion_length,
+        table="\n".join(lines),
+        torch=torch.__version__,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train the miniature base model on the CPU.")
+    parser = argparse.ArgumentParser(description="Train a miniature base model on the CPU.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
+    parser.add_argument("--size", choices=SIZES, default="miniature")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3200, help="updates of 32 documents")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
@@ -287,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = held_out_rows()
     held_out = frozenset(row["entry"]["metadata"]["expression"] for row in rows)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer)
+    model = build_model(tokenizer, options.size)
     print(f"{model.num_parameters():,} weights, {tokenizer.get_vocab_size()} tokens")
     train(model, tokenizer, options.steps, options.seed, held_out)
     save_tokenizer(tokenizer, options.out)
@@ -297,7 +378,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     cap = options.max_completion_length
     completions = sample(model, loaded, [row["prompt"] for row in rows], cap)
-    for name, value in statistics(completions, [row["solution"] for row in rows], cap).items():
+    found = statistics(completions, [row["solution"] for row in rows], cap)
+    card = model_card(options, model.num_parameters(), len(rows), found)
+    (options.out / "README.md").write_text(card, encoding="utf-8")
+    for name, value in found.items():
         print(f"{name:16s} {value:8.3f}")
     for text, _ in completions[:8]:
         print(text)

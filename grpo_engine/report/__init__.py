@@ -8,13 +8,15 @@ it.
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 from statistics import fmean, median
 
 from grpo_engine.metrics import write_atomically
 from grpo_engine.report.charts import THIN, percent
+from grpo_engine.report.losses import loss_charts, loss_figures, loss_headline, loss_lede
+from grpo_engine.report.page import REPORT_FILE, figures, footer, note, page, warning_items
 from grpo_engine.report.record import Estimate, RunRecord, load_run, paired_gain
+from grpo_engine.report.reward_model import JUDGED, reward_model_sections
 from grpo_engine.report.sections import (
     answers,
     configuration,
@@ -27,8 +29,6 @@ from grpo_engine.report.sections import (
 )
 from grpo_engine.report.words import duration, esc, hardware, measure_name, span
 
-REPORT_FILE = "report.html"
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 FINISHED = ("finished", "completed", "done")
 
 
@@ -46,45 +46,22 @@ def write_report(output_dir: str | Path) -> Path:
 
 def render(record: RunRecord) -> str:
     """The whole page."""
-    assets = resources.files("grpo_engine.report") / "assets"
-    style = (assets / "report.css").read_text(encoding="utf-8")
-    script = (assets / "report.js").read_text(encoding="utf-8")
+    judges = record.stage == "reward-model"  # it has scores to show, and no answers of its own
     sections = [
         _header(record),
         _incomplete(record),
         _warnings(record),
-        outcome_charts(record),
-        answers(record),
-        rewards(record),
+        outcome_charts(record) if record.stage == "grpo" else loss_charts(record),
+        *(reward_model_sections(record) if judges else [answers(record), rewards(record)]),
         update_charts(record),
         time_split(record),
-        evaluation(record),
+        "" if judges else evaluation(record),
         configuration(record),
         lineage(record),
     ]
-    version = record.manifest.get("code_version")
-    made_by = f"Written by GRPO Engine{f' {version}' if version else ''}"
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{esc(_name(record))} · training report</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-{"".join(sections)}
-<footer>{esc(made_by)} from the files in {esc(record.folder.resolve().name)}/. Intervals are
-95&nbsp;%: Wilson’s where a problem is right or wrong, a bootstrap over problems otherwise.</footer>
-</main>
-<script>
-{script}</script>
-</body>
-</html>
-"""
+    return page(
+        f"{_name(record)} · training report", sections, footer(record.manifest, record.folder)
+    )
 
 
 def _name(record: RunRecord) -> str:
@@ -114,6 +91,9 @@ def headline(record: RunRecord) -> str:
     """The outcome in one sentence, as measured."""
     steps = f"{record.last_step:,} step{'' if record.last_step == 1 else 's'}"
     accuracy, measure = record.accuracy(), measure_name(record)
+    by_loss = record.stage != "grpo" and not (record.stage == "reward-model" and accuracy)
+    if by_loss and (words := loss_headline(record, steps)):
+        return words
     if len(accuracy) >= 2:
         first, last = accuracy[0], accuracy[-1]
         verb, _ = _gain(record, first, last)
@@ -134,18 +114,19 @@ def headline(record: RunRecord) -> str:
 def _lede(record: RunRecord) -> str:
     if not record.rows:
         return "There is nothing to show yet: no metrics were written."
-    sentences = []
+    sentences = [] if record.stage == "grpo" else loss_lede(record)
     accuracy = record.accuracy()
     if len(accuracy) >= 2:
         first, last = accuracy[0], accuracy[-1]
-        problems = f"{last.problems:,} held-out problems" if last.problems else "held-out problems"
+        problems = f"held-out {JUDGED.get(record.config.get('kind'), 'problems')}"
+        problems = f"{last.problems:,} {problems}" if last.problems else problems
         if first.low is not None and last.low is not None:
             _, change = _gain(record, first, last)
             intervals = f"{span(first)} before, {span(last)} after"
             sentences.append(f"Measured on {problems}; 95{THIN}% intervals {intervals}{change}.")
         else:
             sentences.append("The samples of these evaluations were not kept: no interval.")
-    else:
+    elif record.stage == "grpo":
         sentences.append(
             "Without two held-out evaluations to compare, nothing here measures generalisation."
         )
@@ -200,7 +181,7 @@ def _header(record: RunRecord) -> str:
 
 
 def _figures(record: RunRecord) -> str:
-    shown: list[tuple[str, str, str]] = []
+    shown = [] if record.stage == "grpo" else loss_figures(record)
     accuracy = record.accuracy()
     if accuracy:
         last, best = accuracy[-1], max(accuracy, key=lambda e: e.value)
@@ -221,41 +202,17 @@ def _figures(record: RunRecord) -> str:
         shown.append(("Cut by the length cap", percent(fmean(cut)), f"worst {percent(max(cut))}"))
     rate = record.values("tokens_per_second")
     if rate:
-        shown.append(("Throughput", f"{median(rate):,.0f} tok/s", "median step, sampling included"))
-    cells = "".join(
-        f"<div><dt>{esc(label)}</dt>"
-        f'<dd class="num">{esc(value)}<small>{esc(below)}</small></dd></div>'
-        for label, value, below in shown
-    )
-    return f'<dl class="figures">{cells}</dl>' if cells else ""
+        below = "median step" + (", sampling included" if record.stage == "grpo" else "")
+        shown.append(("Throughput", f"{median(rate):,.0f} tok/s", below))
+    return figures(shown)
 
 
 def _incomplete(record: RunRecord) -> str:
     status, sentences = _status(record), list(record.gaps)
     if status != "finished" and record.rows:
         sentences.insert(0, f"This run is not finished: {status}. The page shows what it got to.")
-    return _note("Incomplete", [esc(sentence) for sentence in sentences])
+    return note("Incomplete", [esc(sentence) for sentence in sentences])
 
 
 def _warnings(record: RunRecord) -> str:
-    """One line per rule: its latest sentence, how often it spoke and when."""
-    by_rule: dict[str, list[tuple[int, str]]] = {}
-    for row in record.rows:
-        for sentence in row.get("warnings") or ():
-            rule = str(sentence).partition(":")[0]
-            by_rule.setdefault(rule, []).append((row["step"], str(sentence)))
-    items = []
-    for spoken in by_rule.values():
-        first, last = spoken[0][0], spoken[-1][0]
-        when = f"step {first:,}"
-        if last != first:
-            when = f"{len(spoken):,} times, steps {first:,} to {last:,}"
-        items.append(f"{esc(spoken[-1][1])} <small>({when})</small>")
-    return _note("Warnings during the run", items)
-
-
-def _note(title: str, items: list[str]) -> str:
-    if not items:
-        return ""
-    body = "".join(f"<li>{item}</li>" for item in items)
-    return f'<aside class="note"><h2>{title}</h2><ul>{body}</ul></aside>\n'
+    return note("Warnings during the run", warning_items(record.rows))

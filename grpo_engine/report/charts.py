@@ -20,6 +20,7 @@ Number = Callable[[float], str]
 WIDE, NARROW = (500, 260), (370, 220)  # a chart drawn large, one of many drawn small
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 12, 34  # margins that hold the tick labels
 SMOOTH_FROM = 40  # points from which a moving mean is drawn over the raw line
+TONES = 6  # colours of lines
 MAX_POINTS = 320  # points drawn per line; more are averaged in buckets
 
 
@@ -119,9 +120,11 @@ class _Frame:
         size: tuple[int, int],
         floor: float | None,
         ceiling: float | None,
+        span: tuple[float, float] | None,
     ) -> None:
         self.width, self.height = size
         steps = [x for line in lines for x, y in line.points if y is not None]
+        steps += span or ()
         values = [y for line in lines for y in line.values()]
         for line in lines:
             values += [edge for pair in line.intervals or () if pair for edge in pair]
@@ -166,14 +169,15 @@ def line_chart(
     floor: float | None = None,
     ceiling: float | None = None,
     size: tuple[int, int] = WIDE,
+    span: tuple[float, float] | None = None,
 ) -> str:
     """An <svg> of ``lines`` over training steps. Lines without a finite value are left out;
     ValueError if none is left. ``floor`` and ``ceiling`` fix the ends of the value axis (a
-    fraction's are 0 and 1)."""
+    fraction's are 0 and 1). ``span``: steps that the axis must hold in any case."""
     lines = [line for line in lines if line.values()]
     if not lines:
         raise ValueError(f"chart {title!r} has no finite value to draw")
-    frame = _Frame(lines, size, floor, ceiling)
+    frame = _Frame(lines, size, floor, ceiling, span)
     hover = []
     body = _axes(frame, number)
     for position, line in enumerate(lines):
@@ -239,10 +243,13 @@ def _tick(value: float, number: Number) -> str:
 
 def classes(line: Line, position: int) -> list[str]:
     """CSS classes of a line and of its legend mark. The third of a chart is dashed, so that three
-    lines can be told apart without their colours."""
+    lines can be told apart without their colours; from the seventh on, where the colours begin
+    again, they are dotted."""
     names = [f"tone-{line.tone}"]
     if line.dots:
         names.append("dots")
+    if position >= TONES:
+        names.append("again")
     return [*names, "third"] if position == 2 else names
 
 

@@ -1,4 +1,4 @@
-"""What a finished, interrupted or running GRPO run left in its folder, and the outcome measured
+"""What a finished, interrupted or running training run left in its folder, and the outcome measured
 from it.
 
 Nothing here is required to exist: each absence ends in a sentence of ``RunRecord.gaps``, never in a
@@ -61,6 +61,11 @@ class RunRecord:
 
     def values(self, key: str) -> list[float]:
         return [value for _, value in self.series(key) if value is not None]
+
+    @property
+    def stage(self) -> str:
+        """The verb that made the run."""
+        return str(self.manifest.get("stage") or "grpo")
 
     @property
     def last_step(self) -> int:

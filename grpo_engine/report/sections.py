@@ -27,6 +27,7 @@ LONGEST_ANSWER = 6000  # characters shown of one answer
 PHASE_NAMES = {
     "generate": "Sampling answers",
     "reward": "Scoring answers",
+    "reward_model": "Scoring by reward models",
     "old_logprobs": "Log-probabilities, old policy",
     "ref_logprobs": "Log-probabilities, reference",
     "update": "Policy update",
@@ -38,6 +39,8 @@ KEY_FIELDS = [
     *("model", "dataset", "prompt_template", "reward_funcs", "reward_weights", "max_steps"),
     *("prompts_per_generation", "num_generations", "steps_per_generation", "num_iterations"),
     *("max_completion_length", "temperature", "learning_rate", "loss_type", "epsilon", "beta"),
+    *("num_train_epochs", "sequences_per_step", "pairs_per_step", "lr_scheduler_type"),
+    *("min_learning_rate", "max_length", "completion_only_loss"),
     *("ref_model_sync_steps", "device", "seed"),
 ]
 EVAL_SETTINGS = {
@@ -53,8 +56,16 @@ EVAL_SETTINGS = {
 # -- charts ----------------------------------------------------------------------------------------
 
 
-def _card(title: str, unit: str, lines: Sequence[Line], caption: str, **axis: Any) -> str:
-    """A chart with its heading and caption; "" when no line has a value."""
+def card(
+    title: str,
+    unit: str,
+    lines: Sequence[Line],
+    caption: str,
+    change: bool = True,
+    **axis: Any,
+) -> str:
+    """A chart with its heading and caption; "" when no line has a value. ``change``: the heading
+    says how the first line began and ended."""
     lines = [line for line in lines if line.values()]
     if not lines:
         return ""
@@ -63,9 +74,9 @@ def _card(title: str, unit: str, lines: Sequence[Line], caption: str, **axis: An
         f'<li><i class="{" ".join(classes(line, i))}"></i>{esc(line.label)}</li>'
         for i, line in enumerate(lines)
     )
-    change = f"{esc(number(values[0]))} → <b>{esc(number(values[-1]))}</b>"
+    ends = f"{esc(number(values[0]))} → <b>{esc(number(values[-1]))}</b>"
     return f"""<figure><header><h3>{esc(title)} <small>{esc(unit)}</small></h3>
-<span>{change if len(values) > 1 else ""}</span></header>
+<span>{ends if change and len(values) > 1 else ""}</span></header>
 {f'<ul class="legend">{legend}</ul>' if len(lines) > 1 else ""}{line_chart(title, lines, **axis)}
 <figcaption>{esc(caption)}</figcaption></figure>
 """
@@ -85,7 +96,7 @@ def outcome_charts(record: RunRecord) -> str:
         for name in record.reward_names()
         if "accuracy" in name
     ]
-    cards = _card(
+    cards = card(
         measure_name(record).capitalize(),
         "",
         [held_out, *training[:1]],
@@ -96,7 +107,7 @@ def outcome_charts(record: RunRecord) -> str:
         floor=0.0,
         ceiling=1.0,
     )
-    cards += _card(
+    cards += card(
         "Answer length",
         "tokens",
         [
@@ -151,21 +162,23 @@ def _line(record: RunRecord, key: str, tone: int, label: str = "", dots: bool = 
 
 
 def _policy_cards(record: RunRecord) -> Iterable[str]:
-    yield _card(
+    yield card(
         "KL from the reference",
         "nats/token",
         [_line(record, "kl", 4)],
         "Mean estimate per token. Falls to zero when the policy becomes the reference.",
         size=NARROW,
     )
-    yield _card(
+    yield card(
         "Entropy",
         "nats/token",
         [_line(record, "entropy", 5)],
-        "Of the policy’s full distribution. Near zero, the answers of a group are all alike.",
+        "Of the policy’s full distribution. Near zero, the answers of a group are all alike."
+        if record.stage == "grpo"
+        else "Of the model’s full distribution, where it learns.",
         **_POSITIVE,
     )
-    yield _card(
+    yield card(
         "Clipped tokens",
         "",
         [
@@ -177,7 +190,7 @@ def _policy_cards(record: RunRecord) -> Iterable[str]:
         "rollout is used for a single step.",
         **_SHARE,
     )
-    yield _card(
+    yield card(
         "Gradient norm",
         "",
         [_line(record, "grad_norm", 6)],
@@ -187,7 +200,7 @@ def _policy_cards(record: RunRecord) -> Iterable[str]:
 
 
 def _batch_cards(record: RunRecord) -> Iterable[str]:
-    yield _card(
+    yield card(
         "Cut by the length cap",
         "",
         [
@@ -198,7 +211,7 @@ def _batch_cards(record: RunRecord) -> Iterable[str]:
         "cannot be right, so a high share teaches brevity.",
         **_SHARE,
     )
-    yield _card(
+    yield card(
         "Groups without a signal",
         "",
         [_line(record, "frac_reward_zero_std", 3)],
@@ -209,21 +222,23 @@ def _batch_cards(record: RunRecord) -> Iterable[str]:
 
 
 def _speed_cards(record: RunRecord) -> Iterable[str]:
-    yield _card(
+    yield card(
         "Throughput, whole step",
         "tokens/s",
         [_line(record, "tokens_per_second", 1)],
-        "Sampling, scoring and update together; evaluations left out.",
+        "Sampling, scoring and update together; evaluations left out."
+        if record.stage == "grpo"
+        else "Forward, loss, backward and optimiser; evaluations left out.",
         **_POSITIVE,
     )
-    yield _card(
+    yield card(
         "Throughput, policy update",
         "tokens/s",
         [_line(record, "update_tokens_per_second", 2)],
         "Forward, loss, backward and optimiser alone.",
         **_POSITIVE,
     )
-    yield _card(
+    yield card(
         "Sampler against trainer",
         "nats/token",
         [_line(record, "sampling/logp_difference_mean", 4)],
@@ -235,7 +250,7 @@ def _speed_cards(record: RunRecord) -> Iterable[str]:
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
     """Cells are HTML already. The first column is words, the others are numbers."""
     kinds = ["", *[' class="num"'] * (len(head) - 1)]
 
@@ -254,9 +269,13 @@ def rewards(record: RunRecord) -> str:
     lines = [
         Line(name, record.series(key), tone=1 + i % 6) for i, (name, key) in enumerate(keys.items())
     ]
+    lines += [
+        Line(f"{name}, held-out prompts", record.series(f"eval/{name}"), tone=tone, dots=True)
+        for tone, name in ((5, "helpful"), (6, "safety"))
+    ]
     caption = "Batch means. The total is the weighted sum of the reward functions."
-    card = _card("Reward", "", lines, caption)
-    if not card:
+    chart = card("Reward", "", lines, caption)
+    if not chart:
         return ""
     given = record.config.get("reward_weights") or [1.0] * len(names)
     weights = dict(zip(record.config.get("reward_funcs") or names, given, strict=False))
@@ -271,7 +290,7 @@ def rewards(record: RunRecord) -> str:
     head = ("Reward", "weight", "first tenth", "last tenth", "lowest", "highest", "failed")
     note = "Batch means; “failed” is the share of answers the function could not score."
     return f"""<section><h2>Rewards</h2>
-<div class="cards wide beside">{card}<div>{_table(head, rows, note)}</div></div></section>
+<div class="cards wide beside">{chart}<div>{table(head, rows, note)}</div></div></section>
 """
 
 
@@ -291,7 +310,7 @@ def time_split(record: RunRecord) -> str:
     return f"""<section><h2>Where the time went</h2>
 <p class="aside">{duration(total)} in steps and evaluations, on {esc(hardware(record))}.</p>
 <div class="split" role="img" aria-label="{esc(", ".join(words))}">{"".join(bar)}</div>
-{_table(("Phase", "time", "share"), rows)}</section>
+{table(("Phase", "time", "share"), rows)}</section>
 """
 
 
@@ -327,10 +346,10 @@ def evaluation(record: RunRecord) -> str:
         if record.config.get(key) is not None
     ]
     note = ", ".join(settings)
-    return f"<section><h2>The evaluation in numbers</h2>{_table(head, rows, note)}</section>\n"
+    return f"<section><h2>The evaluation in numbers</h2>{table(head, rows, note)}</section>\n"
 
 
-def _key_values(pairs: Iterable[tuple[str, Any]]) -> str:
+def key_values(pairs: Iterable[tuple[str, Any]]) -> str:
     rows = "".join(
         f'<tr><td class="mono">{esc(key)}</td><td class="mono">{esc(shown(value))}</td></tr>'
         for key, value in pairs
@@ -343,10 +362,10 @@ def configuration(record: RunRecord) -> str:
         return ""
     chosen = [(key, record.config[key]) for key in KEY_FIELDS if key in record.config]
     rest = [(key, value) for key, value in record.config.items() if key not in KEY_FIELDS]
-    more = f"<summary>{len(rest)} further fields</summary>{_key_values(rest)}"
+    more = f"<summary>{len(rest)} further fields</summary>{key_values(rest)}"
     fold = f'<details class="print">{more}</details>'
     return f"""<section><h2>Configuration</h2>
-{_key_values(chosen)}{fold if rest else ""}</section>
+{key_values(chosen)}{fold if rest else ""}</section>
 """
 
 
@@ -355,7 +374,7 @@ def lineage(record: RunRecord) -> str:
         return ""
     return f"""<section><h2>Lineage</h2>
 <p class="aside">What went in, by hash, and what ran. From manifest.json.</p>
-{_key_values(_flat(record.manifest))}</section>
+{key_values(_flat(record.manifest))}</section>
 """
 
 
@@ -411,8 +430,10 @@ def _answer_pairs(record: RunRecord) -> tuple[list[tuple[Any, Any]], str, int, i
 def _pair(before: Mapping[str, Any], after: Mapping[str, Any], first: int, last: int) -> str:
     same = before.get("prompt") == after.get("prompt")
     sides = [(before, first)] if first == last else [(before, first), (after, last)]
-    cards = "".join(_answer(sample, step, with_question=not same) for sample, step in sides)
-    head = _question(before) if same else ""
+    cards = "".join(
+        answer(sample, f"Step {step:,}", with_question=not same) for sample, step in sides
+    )
+    head = question(before) if same else ""
     return f'<div class="pair">{head}<div class="answers">{cards}</div></div>'
 
 
@@ -422,15 +443,16 @@ def user_part(prompt: str) -> str:
     return prompt[start + len(" User: ") : end].strip() if 0 <= start < end else prompt.strip()
 
 
-def _question(sample: Mapping[str, Any]) -> str:
+def question(sample: Mapping[str, Any]) -> str:
     asked = esc(user_part(str(sample.get("prompt", ""))))
     solution = sample.get("solution")
     expected = "" if solution is None else f"<small>expected {esc(str(solution)[:80])}</small>"
     return f'<div class="question">{asked}{expected}</div>'
 
 
-def _answer(sample: Mapping[str, Any], step: int, with_question: bool) -> str:
-    marks = [f"<b>Step {step:,}</b>"]
+def answer(sample: Mapping[str, Any], whose: str, with_question: bool = False) -> str:
+    """One answer with its verdict; ``whose`` is its heading."""
+    marks = [f"<b>{esc(whose)}</b>"]
     if sample.get("correct") in (0, 1):
         right = sample["correct"] == 1
         word, sign = ("right", "✓") if right else ("wrong", "✗")
@@ -445,7 +467,7 @@ def _answer(sample: Mapping[str, Any], step: int, with_question: bool) -> str:
         marks.append('<span class="wrong">cut by the length cap</span>')
     body = _marked_up(str(sample.get("completion", "")))
     return (
-        f'<article class="answer">{_question(sample) if with_question else ""}'
+        f'<article class="answer">{question(sample) if with_question else ""}'
         f'<header>{"".join(marks)}</header><pre tabindex="0">{body}</pre></article>'
     )
 

@@ -1,4 +1,5 @@
-"""The R1-Zero format reward: ``<think> ... </think> <answer> ... </answer>`` and nothing else.
+"""The format rewards: R1-Zero's ``<think> ... </think> <answer> ... </answer>`` and nothing else,
+and the readable one of the later stages, ``<think> ... </think> summary`` (v1, section 2.3.1).
 
 Whitespace policy: blanks and newlines are allowed before ``<think>``, between the two blocks, and
 after ``</answer>``; nothing else may stand there. The answer must hold a character that is not
@@ -8,6 +9,9 @@ construction, and then a growing response length would say nothing about reasoni
 One pass over the tags, no regular expression over the text between them: the regexes in
 circulation accept trailing text or a second answer because ``.*`` and ``$`` mean less than they
 seem.
+
+In the readable format the summary is whatever follows the reasoning; it may hold answer tags or a
+box. It must hold a character that is not whitespace and no think tag.
 """
 
 from __future__ import annotations
@@ -49,5 +53,28 @@ def format_reward(
     """1.0 for each completion in the R1-Zero format, else 0.0 (TRL signature)."""
     return [
         float(has_r1_format(completion_text(completion), thinking_prefilled=thinking_prefilled))
+        for completion in completions
+    ]
+
+
+def has_readable_format(text: str, *, thinking_prefilled: bool = False) -> bool:
+    """Whether ``text`` is exactly one think block followed by a summary that is not empty."""
+    if thinking_prefilled:
+        text = "<think>" + text
+    tags = [tag for tag in _TAG.finditer(text) if "think" in tag.group()]
+    if [tag.group() for tag in tags] != _ORDER[:2]:
+        return False
+    think, think_end = tags
+    return not text[: think.start()].strip() and bool(text[think_end.end() :].strip())
+
+
+def format_r1_reward(
+    completions: list[Any], *, thinking_prefilled: bool = False, **_: Any
+) -> list[float]:
+    """1.0 for each completion in the readable R1 format, else 0.0 (TRL signature)."""
+    return [
+        float(
+            has_readable_format(completion_text(completion), thinking_prefilled=thinking_prefilled)
+        )
         for completion in completions
     ]

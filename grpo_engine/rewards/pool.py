@@ -32,83 +32,69 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from grpo_engine.rewards.process import WorkerProcess
 from grpo_engine.rewards.registry import RewardSpec
+from grpo_engine.rewards.scores import (
+    FAILURES,
+    RewardReport,
+    check_error_rate,
+    weighted_totals,
+)
 from grpo_engine.rewards.worker import LENGTH
 from grpo_engine.types import UserError
 
-FAILURES = frozenset(("timeout", "error", "worker_death", "invalid_score"))
-_UNJUDGED = FAILURES | {"gold_invalid"}
 _MAX_SLICE = 64  # scores sent to a worker at a time
 _MAX_START_FAILURES = 3
-
-
-class RewardError(UserError):
-    """Too large a share of one batch could not be scored (see ``max_error_rate``)."""
-
-
-@dataclass
-class RewardReport:
-    """Scores of one batch. ``scores[name][i]`` belongs to completion ``i``; None = no score."""
-
-    scores: dict[str, list[float | None]]
-    outcomes: dict[str, Counter[str]]
-    first_errors: dict[str, str]  # by reward; only rewards that failed at least once
-    seconds: dict[str, list[float]]  # time of each call, for percentiles
-    totals: list[float | None]  # weighted sum; None = nothing applicable, or a reward failed
-    outcome_of: dict[str, list[str]] = field(default_factory=dict)  # in the order of ``scores``
-
-    def error_rate(self, name: str) -> float:
-        """Share of completions on which reward ``name`` failed."""
-        counts = self.outcomes[name]
-        return sum(counts[failure] for failure in FAILURES) / max(1, sum(counts.values()))
-
-    def rates(self, name: str) -> dict[str, float]:
-        """Share of completions for each outcome of ``name`` that occurred, except ok.
-
-        The outcome ``error`` is called ``raised`` here: "error_rate" is the sum of all failures.
-        """
-        counts = self.outcomes[name]
-        total = max(1, sum(counts.values()))
-        return {
-            "raised" if outcome == "error" else outcome: count / total
-            for outcome, count in sorted(counts.items())
-            if count and outcome != "ok"
-        }
+_LOOK_UP_S = 0.2  # longest sleep of the supervisor: so late it may see that a batch was cancelled
+NOT_ASKED = (None, "none")  # the result where a reward does not apply to the row
 
 
 @dataclass
-class _Batch:
-    """One ``score`` call: the tasks left, the results so far. A task: (reward, item or None)."""
+class Batch:
+    """The completions of one report: the tasks left, the results so far.
+
+    A task is (reward, item), or (reward, None) for a batched reward, which scores all at once.
+    """
 
     items: list[dict[str, Any]]
-    tasks: list[tuple[int, int | None]]
+    members: list[list[int]]  # of each reward: the items it applies to
+    tasks: list[tuple[int, int | None]] = field(default_factory=list)
     waiting: deque[int] = field(default_factory=deque)
     unfinished: int = 0
+    cancelled: bool = False  # set by another thread: its scores are no longer wanted
     results: dict[tuple[int, int], tuple[float | None, str]] = field(default_factory=dict)
-    first_errors: dict[int, str] = field(default_factory=dict)
-    failures: Counter[int] = field(default_factory=Counter)
+    first_errors: dict[int, tuple[int, str]] = field(default_factory=dict)  # (item, message)
+    failures: dict[int, Counter[str]] = field(default_factory=dict)
     seconds: dict[int, list[float]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.waiting.extend(range(len(self.tasks)))
-        self.unfinished = len(self.tasks)
+    def put(self, item: int, completion: Any, completion_ids: list[int] | None) -> None:
+        self.items[item] |= {"completion": completion, "completion_ids": completion_ids}
+
+    def ask(self, tasks: Iterable[tuple[int, int | None]]) -> None:
+        """Queue tasks; the completions they are about have been put."""
+        for task in tasks:
+            self.waiting.append(len(self.tasks))
+            self.tasks.append(task)
+            self.unfinished += 1
 
     def finish(self, task: int, scores: Any, outcome: str, message: str, seconds: float) -> None:
         """Record the result of one task; ``scores`` is a list for a batched reward or one value."""
         reward, item = self.tasks[task]
-        members = range(len(self.items)) if item is None else [item]
+        members = self.members[reward] if item is None else [item]
         scores = scores if isinstance(scores, list) else [scores] * len(members)
         for member, score in zip(members, scores, strict=True):
             none = score is None and outcome == "ok"
             self.results[reward, member] = (score, "none" if none else outcome)
         if outcome in FAILURES:
-            self.failures[reward] += len(members)
-            self.first_errors.setdefault(reward, message)
+            self.failures.setdefault(reward, Counter())[outcome] += len(members)
+            # First by item, not by which worker was the faster: two runs write the same row.
+            found = (members[0], message)
+            self.first_errors[reward] = min(found, self.first_errors.get(reward, found))
         self.seconds.setdefault(reward, []).append(seconds)
         self.unfinished -= 1
 
@@ -214,19 +200,75 @@ class RewardPool:
         a missing column, RewardError above ``max_error_rate``; a bad completion or reward never
         raises.
         """
-        items = self._items(prompts, completions, columns, completion_ids)
-        tasks: list[tuple[int, int | None]] = []
-        for index, reward in enumerate(self.rewards):
-            if reward.batched and items:
-                tasks.append((index, None))
-        single = [index for index, reward in enumerate(self.rewards) if not reward.batched]
-        tasks += [(index, item) for item in range(len(items)) for index in single]
-        batch = _Batch(items, tasks)
+        lengths = {"prompts": len(prompts)}
+        if completion_ids is not None:
+            lengths["completion_ids"] = len(completion_ids)
+        for name, length in lengths.items():
+            if length != len(completions):
+                raise UserError(
+                    f"rewards: {len(completions)} completions but {length} values of {name!r}"
+                )
+        batch = self.begin(prompts, columns)
+        ids = completion_ids if completion_ids is not None else [None] * len(completions)
+        for item, (completion, one) in enumerate(zip(completions, ids, strict=True)):
+            batch.put(item, completion, one)
+        batch.ask([*self.whole_tasks(batch), *self.single_tasks(batch, range(len(completions)))])
+        self.work_off(batch)
+        return self.report(batch)
+
+    def begin(self, prompts: Sequence[Any], columns: Mapping[str, Sequence[Any]]) -> Batch:
+        """A batch for completions that are yet to come, one for each of ``prompts``. ``score`` and
+        ``BackgroundScoring`` put them, ask for tasks, work those off and report."""
+        for name, column in columns.items():
+            if len(column) != len(prompts):
+                raise UserError(
+                    f"rewards: {len(prompts)} completions but {len(column)} values of {name!r}"
+                )
+        names = list(columns)
+        rows = zip(*columns.values(), strict=True) if names else ([] for _ in prompts)
+        items = [
+            {"prompt": prompt, "row": dict(zip(names, row, strict=True))}
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
+        members = [
+            [i for i, item in enumerate(items) if reward.applies(item["row"])]
+            for reward in self.rewards
+        ]
+        for reward, required, rows_of in zip(
+            self.rewards, self.required_columns, members, strict=True
+        ):
+            for name in required:
+                if name not in columns and (rows_of or not items):
+                    raise UserError(
+                        f"reward {reward.name!r} needs the column {name!r}; "
+                        f"the rows have: {', '.join(sorted(columns)) or 'none'}"
+                    )
+        return Batch(items, members)
+
+    def single_tasks(self, batch: Batch, items: Iterable[int]) -> Iterator[tuple[int, int]]:
+        """One task for each of ``items`` and each reward, batched ones aside, that applies."""
+        rewards = [
+            (index, set(batch.members[index]))
+            for index, reward in enumerate(self.rewards)
+            if not reward.batched
+        ]
+        return ((index, item) for item in items for index, members in rewards if item in members)
+
+    def whole_tasks(self, batch: Batch) -> Iterator[tuple[int, None]]:
+        """One task for each batched reward that applies to anything."""
+        return (
+            (index, None)
+            for index, reward in enumerate(self.rewards)
+            if reward.batched and batch.members[index]
+        )
+
+    def work_off(self, batch: Batch) -> None:
+        """Score what ``batch`` asks for. Returns early, with tasks left, once it is cancelled."""
         with self._lock:
             if not self.belongs_to_this_process():
                 raise RuntimeError("this RewardPool is closed or belongs to another process")
             try:
-                while batch.unfinished:
+                while batch.unfinished and not batch.cancelled:
                     self._start_workers()
                     self._assign(batch)
                     self._wait(batch)
@@ -235,42 +277,6 @@ class RewardPool:
                 for worker in list(self._workers):
                     if worker.assigned:  # Ctrl-C or an abandoned batch: its answers are not ours
                         self._remove(worker)
-        return self._report(batch)
-
-    def _items(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        columns: Mapping[str, Sequence[Any]],
-        completion_ids: Sequence[list[int]] | None,
-    ) -> list[dict[str, Any]]:
-        lengths = {"prompts": len(prompts), **{name: len(col) for name, col in columns.items()}}
-        if completion_ids is not None:
-            lengths["completion_ids"] = len(completion_ids)
-        for name, length in lengths.items():
-            if length != len(completions):
-                raise UserError(
-                    f"rewards: {len(completions)} completions but {length} values of {name!r}"
-                )
-        for reward, required in zip(self.rewards, self.required_columns, strict=True):
-            for name in required:
-                if name not in columns:
-                    raise UserError(
-                        f"reward {reward.name!r} needs the column {name!r}; "
-                        f"the rows have: {', '.join(sorted(columns)) or 'none'}"
-                    )
-        names = list(columns)
-        rows = zip(*columns.values(), strict=True) if names else ([] for _ in completions)
-        ids = completion_ids if completion_ids is not None else [None] * len(completions)
-        return [
-            {
-                "prompt": prompt,
-                "completion": completion,
-                "completion_ids": one,
-                "row": dict(zip(names, row, strict=True)),
-            }
-            for prompt, completion, one, row in zip(prompts, completions, ids, rows, strict=True)
-        ]
 
     def _start_workers(self) -> None:
         while len(self._workers) < self.num_workers:
@@ -280,7 +286,7 @@ class RewardPool:
         worker.kill()
         self._workers.remove(worker)
 
-    def _assign(self, batch: _Batch) -> None:
+    def _assign(self, batch: Batch) -> None:
         """Give each idle worker its next slice, small enough not to wait long for the slowest."""
         for worker in list(self._workers):
             if worker.busy or not batch.waiting:
@@ -290,13 +296,16 @@ class RewardPool:
                 continue
             # Half a fair share: few messages for cheap rewards, no long tail for slow ones.
             size = min(_MAX_SLICE, -(-len(batch.waiting) // (2 * self.num_workers)))
+            whole = [batch.tasks[task][1] is None for task in islice(batch.waiting, size)]
+            if any(whole):  # a batched reward goes alone: its items are another set
+                size = max(1, whole.index(True))
             tasks = [batch.waiting.popleft() for _ in range(size)]
             self._send_slice(worker, batch, tasks)
 
-    def _send_slice(self, worker: WorkerProcess, batch: _Batch, tasks: list[int]) -> None:
+    def _send_slice(self, worker: WorkerProcess, batch: Batch, tasks: list[int]) -> None:
         wanted = [batch.tasks[task] for task in tasks]
-        if any(item is None for _, item in wanted):
-            members = list(range(len(batch.items)))
+        if wanted[0][1] is None:
+            members = batch.members[wanted[0][0]]
         else:
             members = sorted({item for _, item in wanted if item is not None})
         place = {member: index for index, member in enumerate(members)}
@@ -315,7 +324,7 @@ class RewardPool:
         worker.deadline = time.monotonic() + self.timeout_s
         self._flush(worker)
 
-    def _wait(self, batch: _Batch | None) -> None:
+    def _wait(self, batch: Batch | None) -> None:
         """Sleep until something happens, then deal with everything that has."""
         with selectors.PollSelector() as selector:
             for worker in self._workers:
@@ -327,6 +336,7 @@ class RewardPool:
                     selector.register(worker.output, selectors.EVENT_READ, worker)
             deadlines = [worker.deadline for worker in self._workers if worker.busy]
             pause = max(0.0, min(deadlines) - time.monotonic()) if deadlines else 0.0
+            pause = min(pause, _LOOK_UP_S)
             happened = selector.select(pause)
         dead = []
         for key, events in happened:
@@ -356,7 +366,7 @@ class RewardPool:
             return
         del worker.outgoing[:sent]
 
-    def _read(self, worker: WorkerProcess, batch: _Batch | None) -> bool:
+    def _read(self, worker: WorkerProcess, batch: Batch | None) -> bool:
         """Take in the worker's messages; False when it has closed its end."""
         try:
             piece = worker.channel.recv(1 << 18)
@@ -369,7 +379,7 @@ class RewardPool:
             self._on_message(worker, batch, message)
         return bool(piece)
 
-    def _on_message(self, worker: WorkerProcess, batch: _Batch | None, message: list[Any]) -> None:
+    def _on_message(self, worker: WorkerProcess, batch: Batch | None, message: list[Any]) -> None:
         kind, *content = message
         now = time.monotonic()
         if kind == "scored":
@@ -390,19 +400,17 @@ class RewardPool:
         elif kind == "refused":
             raise UserError(content[0])
 
-    def _expire(self, worker: WorkerProcess, batch: _Batch | None) -> None:
+    def _expire(self, worker: WorkerProcess, batch: Batch | None) -> None:
         limit = self.timeout_s if worker.ready else self.startup_timeout_s
         self._lose(worker, batch, "timeout", f"no answer after {limit:g} s, killed")
 
-    def _bury(self, worker: WorkerProcess, batch: _Batch | None) -> None:
+    def _bury(self, worker: WorkerProcess, batch: Batch | None) -> None:
         worker.kill()
         code = worker.process.returncode
         cause = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
         self._lose(worker, batch, "worker_death", f"the worker process {cause}")
 
-    def _lose(
-        self, worker: WorkerProcess, batch: _Batch | None, outcome: str, message: str
-    ) -> None:
+    def _lose(self, worker: WorkerProcess, batch: Batch | None, outcome: str, message: str) -> None:
         """Remove a worker; the score it was at is lost, the rest of its slice goes to another."""
         self._remove(worker)
         message += worker.last_lines()
@@ -415,46 +423,28 @@ class RewardPool:
             batch.waiting.extend(worker.assigned)
             worker.assigned.clear()
 
-    def _check_error_rate(self, batch: _Batch) -> None:
-        allowed = self.max_error_rate * len(batch.items)
-        for index, failures in batch.failures.items():
-            if failures > allowed:
-                counts = Counter(
-                    outcome
-                    for (reward, _), (_, outcome) in batch.results.items()
-                    if reward == index and outcome in FAILURES
-                )
-                kinds = ", ".join(f"{name} {count}" for name, count in counts.most_common())
-                first = " ".join(batch.first_errors[index].split())
-                raise RewardError(
-                    f"reward {self.rewards[index].name!r} failed on {failures} of "
-                    f"{len(batch.items)} completions ({kinds}), more than max_error_rate="
-                    f"{self.max_error_rate:g} allows; the first failure: {first}"
-                )
+    def _check_error_rate(self, batch: Batch) -> None:
+        for index, failed in batch.failures.items():
+            check_error_rate(
+                self.rewards[index].name,
+                failed,
+                len(batch.members[index]),
+                self.max_error_rate,
+                batch.first_errors[index][1],
+            )
 
-    def _report(self, batch: _Batch) -> RewardReport:
+    def report(self, batch: Batch) -> RewardReport:
+        """The scores of a batch whose tasks have all been worked off."""
         scores, outcome_of, outcomes, first_errors, seconds = {}, {}, {}, {}, {}
         for index, reward in enumerate(self.rewards):
-            results = [batch.results[index, item] for item in range(len(batch.items))]
-            scores[reward.name] = [score for score, _ in results]
-            outcome_of[reward.name] = [outcome for _, outcome in results]
-            outcomes[reward.name] = Counter(outcome_of[reward.name])
-            seconds[reward.name] = batch.seconds.get(index, [])
+            name, members = reward.name, batch.members[index]
+            results = [batch.results.get((index, i), NOT_ASKED) for i in range(len(batch.items))]
+            scores[name] = [score for score, _ in results]
+            outcome_of[name] = [outcome for _, outcome in results]
+            outcomes[name] = Counter(outcome_of[name][member] for member in members)
+            seconds[name] = batch.seconds.get(index, [])
             if index in batch.first_errors:
-                first_errors[reward.name] = batch.first_errors[index]
-        totals = [self._total(batch, item) for item in range(len(batch.items))]
-        return RewardReport(scores, outcomes, first_errors, seconds, totals, outcome_of)
-
-    def _total(self, batch: _Batch, item: int) -> float | None:
-        """The weighted sum over the rewards that apply; None when one failed or none applies.
-
-        Leaving a failed reward out of the sum would count it as 0 and bias the group's baseline.
-        """
-        total = None
-        for index, reward in enumerate(self.rewards):
-            score, outcome = batch.results[index, item]
-            if outcome in _UNJUDGED:
-                return None
-            if score is not None:
-                total = (total or 0.0) + reward.weight * score
-        return total
+                first_errors[name] = batch.first_errors[index][1]
+        weights = {reward.name: reward.weight for reward in self.rewards}
+        totals = weighted_totals(weights, scores, outcome_of)
+        return RewardReport(scores, outcomes, first_errors, seconds, totals, outcome_of, weights)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -25,12 +26,16 @@ from grpo_engine.types import UserError
 
 BUILT_IN = {
     "accuracy": "grpo_engine.rewards.math:accuracy_reward",
+    "choice": "grpo_engine.rewards.choice:choice_reward",
     "code": "grpo_engine.rewards.code:code_reward",
     "format": "grpo_engine.rewards.format:format_reward",
+    "format_r1": "grpo_engine.rewards.format:format_r1_reward",
+    "judge": "grpo_engine.rewards.judge:judge_reward",
     "language": "grpo_engine.rewards.language:language_consistency_reward",
     "length": "grpo_engine.rewards.length:length_reward",
     "reasoning_gym": "grpo_engine.rewards.tasks:reasoning_gym_reward",
     "repetition": "grpo_engine.rewards.repetition:repetition_reward",
+    "safety_judge": "grpo_engine.rewards.judge:safety_judge_reward",
 }
 _TRL_LISTS = ("prompts", "completions", "completion_ids")
 _TRL_RESERVED = frozenset(("prompt", "completion", *_TRL_LISTS))
@@ -44,6 +49,7 @@ class RewardSpec:
     ``path/to/file.py:function``. ``args`` are passed to every call. ``batched`` hands a TRL
     function the whole list of completions in one call, for rewards that compare completions with
     each other; by default it is called once per completion, so that one hang costs one score.
+    ``domains``: the reward applies to rows whose column ``domain`` is among them; None = to all.
     """
 
     name: str
@@ -51,6 +57,10 @@ class RewardSpec:
     weight: float = 1.0
     args: Mapping[str, Any] = field(default_factory=dict)
     batched: bool = False
+    domains: tuple[str, ...] | None = None
+
+    def applies(self, row: Mapping[str, Any]) -> bool:
+        return self.domains is None or row.get("domain") in self.domains
 
     @classmethod
     def named(cls, function: str, weight: float = 1.0, **args: Any) -> RewardSpec:
@@ -77,6 +87,8 @@ class Reward:
     ) -> tuple[Any, str]:
         """(score as returned, outcome) for one completion; whatever the function raises passes."""
         if self.kind == "judge":
+            if any(row.get(name) is None for name in self.required_columns):
+                return None, "none"  # a row of another kind in a mixed data set
             return self.function(completion, row)
         if self.kind == "verl":
             return self._call_verl(completion, row), "ok"
@@ -163,6 +175,9 @@ def load_reward(spec: RewardSpec | str) -> Reward:
     unknown = [name for name in spec.args if name not in parameters]
     if unknown:
         raise UserError(f"reward {spec.name!r} has no argument {unknown[0]!r}")
+    check = getattr(function, "check", None)
+    if check is not None:
+        check(**spec.args)  # what the reward needs is there; UserError where not
     required = getattr(function, "required_columns", None)
     if required is None:
         required = _required_columns(kind, parameters, spec.args)
@@ -204,32 +219,55 @@ def _required_columns(
 
 def _find(spec: RewardSpec) -> Callable[..., Any]:
     location = BUILT_IN.get(spec.function, spec.function)
-    place, separator, attribute = location.rpartition(":")
-    if not separator or not place or not attribute:
+    if ":" not in location:
         raise UserError(
             f"unknown reward {spec.function!r}: wanted one of {', '.join(BUILT_IN)}, "
             "'package.module:function' or 'path/to/file.py:function'"
         )
+    return find_function(location, f"reward {spec.name!r}")
+
+
+def find_function(location: str, wanted_as: str) -> Callable[..., Any]:
+    """The function at ``package.module:function`` or ``path/to/file.py:function``. Raises UserError
+    beginning with ``wanted_as``, what it was to be used as."""
+    place, _, attribute = location.rpartition(":")
+    if not place or not attribute:
+        raise UserError(
+            f"{wanted_as}: wanted 'package.module:function' or 'path/to/file.py:function', "
+            f"got {location!r}"
+        )
     try:
         module = _import_file(place) if place.endswith(".py") else importlib.import_module(place)
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{wanted_as}: {error}") from None
     except Exception as error:
         raise UserError(
-            f"reward {spec.name!r}: cannot import {place!r}: {type(error).__name__}: {error}"
+            f"{wanted_as}: cannot import {place!r}: {type(error).__name__}: {error}"
         ) from error
     function = functools.reduce(
         lambda owner, name: getattr(owner, name, None), attribute.split("."), module
     )
     if not callable(function):
-        raise UserError(f"reward {spec.name!r}: {place!r} has no function {attribute!r}")
+        raise UserError(f"{wanted_as}: {place!r} has no function {attribute!r}")
     return function
+
+
+def source_sha256(location: str) -> str | None:
+    """Of the file that ``package.module:function`` or ``path/to/file.py:function`` lies in; None
+    where there is none."""
+    place = location.rpartition(":")[0]
+    if place.endswith(".py"):
+        path = Path(place).expanduser()
+    else:
+        found = importlib.util.find_spec(place)
+        path = Path((found and found.origin) or "")
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _import_file(place: str) -> Any:
     path = Path(place).expanduser().resolve()
     if not path.is_file():
-        raise UserError(f"reward file {place!r} does not exist")
+        raise UserError(f"file {place!r} does not exist")
     name = f"reward_file_{path.stem}_{abs(hash(path))}"
     if name in sys.modules:
         return sys.modules[name]

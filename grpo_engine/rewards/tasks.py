@@ -93,6 +93,8 @@ def score_answer(
 def _judge(
     completion: Any, row: Mapping[str, Any], *, thinking_prefilled: bool = False
 ) -> tuple[float | None, str]:
+    if row["task"] is None:
+        return None, "none"  # a row of another source in a mixed data set
     tail = text_after_thinking(completion_text(completion), thinking_prefilled)
     answers = marked_answers(tail) if tail is not None else None
     if answers is None:
@@ -101,8 +103,6 @@ def _judge(
         return 0.0, "too_long"
     if len(answers) > 1:
         return 0.0, "ok"
-    if row["task"] is None:
-        return None, "none"  # a row of another source in a mixed data set
     return float(score_answer(answers[0], row["task"], row["entry"], row.get("task_args"))), "ok"
 
 

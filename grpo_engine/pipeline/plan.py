@@ -1,0 +1,192 @@
+"""``--dry-run``: what would be made from what, what it would cost, and what stands in its way; of
+a stage on its own, what it would cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from grpo_engine.pipeline.budget import Budget, Budgets
+from grpo_engine.pipeline.config import PipelineConfig
+from grpo_engine.pipeline.freshness import Freshness, Verdict, missing_files
+from grpo_engine.pipeline.memory import SAMPLING, STATIC, UPDATE, on_gpu
+from grpo_engine.pipeline.outcome import WIDE
+from grpo_engine.pipeline.stages import STAGES, Stage
+from grpo_engine.settings import Settings
+
+
+def print_plan(
+    config: PipelineConfig, stages: list[Stage], chosen: list[Stage], freshness: Freshness
+) -> None:
+    """Everything was checked before; nothing is written."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDE)
+    budgets = Budgets(stages).found
+    names = {stage.name for stage in chosen}
+    verdicts = freshness.verdicts(names)
+    print(f"{len(stages)} stages in {config.output_dir}")
+    console.print(_stage_table(stages, names, budgets, verdicts))
+    if any(budget.memory is not None for budget in budgets.values()):
+        console.print(_memory_table(stages, budgets))
+    generated = sum(b.generated or 0 for name, b in budgets.items() if name in names)
+    trained = sum(b.trained or 0 for name, b in budgets.items() if name in names)
+    print(f"tokens, at most: {count(generated)} generated, {count(trained)} trained on")
+    for words in _notes(stages, chosen, budgets):
+        print(words)
+
+
+def _stage_table(
+    stages: list[Stage],
+    chosen: set[str],
+    budgets: dict[str, Budget],
+    verdicts: dict[str, Verdict],
+) -> Table:
+    table = Table(title="Stages", title_justify="left")
+    for heading in ("", "stage", "verb", "from", "weights"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("steps", "generated", "trained", "memory"):
+        table.add_column(heading, justify="right")
+    table.add_column("will")
+    for number, stage in enumerate(stages, start=1):
+        budget = budgets[stage.name]
+        peak = None if budget.memory is None else budget.memory.peak
+        table.add_row(
+            str(number),
+            stage.name,
+            stage.kind_name,
+            sources_text(stage),
+            "?" if budget.shape is None else count(budget.shape.parameters),
+            "" if budget.steps is None else f"{budget.steps:,}",
+            count(budget.generated) if budget.samples else "",
+            count(budget.trained) if budget.trains else "",
+            "?" if peak is None else size(peak),
+            _will(stage, chosen, verdicts[stage.name]),
+        )
+    return table
+
+
+def sources_text(stage: Stage) -> str:
+    """``{r1-zero}, train.jsonl``: the model and data, and what else refers to other stages."""
+    main = [getattr(stage.config, name, None) for name in ("model", "dataset", "data")]
+    shown = [value for value in main if isinstance(value, str)]
+    shown += [str(r) for r in stage.references.values() if str(r) not in shown]
+    return ", ".join(shown)
+
+
+def _will(stage: Stage, chosen: set[str], verdict: Verdict) -> str:
+    if stage.name not in chosen:
+        return "stay"
+    if verdict.action == "keep":
+        return "stay: unchanged" + (f", {verdict.note}" if verdict.note else "")
+    words = {"run": "run", "resume": "go on", "wait": "run"}[verdict.action]
+    return words if verdict.reason == "new" else f"{words}: {verdict.reason}"
+
+
+def _memory_table(stages: list[Stage], budgets: dict[str, Budget]) -> Table:
+    """Its formulas are in ``memory``'s docstring."""
+    names = list(
+        dict.fromkeys(n for b in budgets.values() if b.memory is not None for n in b.memory.terms)
+    )
+    table = Table(title="Memory, estimated", title_justify="left")
+    table.add_column("stage", overflow="fold")
+    for heading in (*names, "peak"):
+        table.add_column(heading, justify="right")
+    for stage in stages:
+        memory = budgets[stage.name].memory
+        if memory is not None:
+            cells = [size(memory.terms[n]) if n in memory.terms else "" for n in names]
+            table.add_row(stage.name, *cells, size(memory.peak))
+    return table
+
+
+def _notes(stages: list[Stage], chosen: list[Stage], budgets: dict[str, Budget]) -> list[str]:
+    notes = []
+    for unknown in dict.fromkeys(b.unknown for b in budgets.values() if b.unknown):
+        notes.append(f"size and memory unknown: {unknown}")
+    needed: dict[str, list[str]] = {}
+    for stage, files in missing_files(chosen).items():
+        for _, text in files:
+            needed.setdefault(text, []).append(stage)
+    for text, names in needed.items():
+        notes.append(f"not there yet: {text} (for {', '.join(dict.fromkeys(names))})")
+    if any(b.memory is not None for b in budgets.values()):
+        where = (
+            "GPU" if any(on_gpu(s.config) for s in stages if hasattr(s.config, "device")) else "CPU"
+        )
+        notes.append(
+            f"memory: peak = weights, bf16 copies, optimiser, reference, reward models, and the "
+            f"larger of sampling and update; for a {where}"
+        )
+    return notes
+
+
+def print_estimate(verb: str, config: Settings) -> None:
+    """Tokens and memory of a stage on its own, before anything of it is loaded: from its settings,
+    the number of its rows and the model's config."""
+    stage = Stage("", verb, STAGES[verb], config, Path(config.output_dir))
+    budget = Budgets([stage]).found[""]
+    print(f"{'budget':<10} {_budget_text(config, budget)}")
+    print(f"{'memory':<10} {_memory_text(config, budget)}", flush=True)
+
+
+def _budget_text(config: Any, budget: Budget) -> str:
+    tokens = {}
+    if budget.samples:
+        tokens["generated"] = budget.generated
+    if budget.trains:
+        tokens["trained on"] = budget.trained
+    if not tokens:
+        return "no tokens: the answers are given"
+    if None in tokens.values():
+        source = config.dataset if hasattr(config, "dataset") else config.data
+        return f"unknown until the rows of {source} are loaded"
+    listed = " and ".join(f"{count(number)} tokens {what}" for what, number in tokens.items())
+    steps = "" if budget.steps is None else f", in {budget.steps:,} steps"
+    held_out = ""
+    if budget.samples and getattr(config, "eval_dataset", None):
+        held_out = "; held-out answers come on top"
+    return f"at most {listed}{steps}{held_out}"
+
+
+def _memory_text(config: Any, budget: Budget) -> str:
+    if not (budget.samples or budget.trains):
+        return "no model answers"
+    if budget.memory is None:
+        return f"unknown: {budget.unknown}"
+    terms = budget.memory.terms
+
+    def listed(names: tuple[str, ...]) -> str:
+        return ", ".join(f"{name} {size(terms[name])}" for name in names if name in terms)
+
+    phases = {"sampling": listed(SAMPLING), "update": listed(UPDATE)}
+    found = [f"{name} ({words})" for name, words in phases.items() if words]
+    larger = "the larger of " if len(found) > 1 else ""
+    judge = getattr(config, "judge", None)
+    beside = "; without the judge" if judge and not judge.startswith("http") else ""
+    return (
+        f"about {size(budget.memory.peak)} on a {'GPU' if on_gpu(config) else 'CPU'}, of "
+        f"{count(budget.shape.parameters)} weights: {listed(STATIC)}, and {larger}"
+        f"{' and '.join(found)}{beside}"
+    )
+
+
+def count(number: int | None) -> str:
+    """``632 k``, ``1.4 M``, ``671 B``, ``3.2 T``; "?" for None."""
+    if number is None:
+        return "?"
+    for unit, scale in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return str(number)
+
+
+def size(bytes_: int) -> str:
+    """``1.4 GB`` (10^9)."""
+    for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if bytes_ >= scale:
+            return f"{bytes_ / scale:.3g} {unit}"
+    return f"{bytes_} B"
