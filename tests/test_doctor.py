@@ -132,6 +132,11 @@ def test_json_is_one_object_with_everything():
     assert all(check["error"] <= check["tolerance"] for check in report["checks"])
     assert report["versions"]["torch"] == torch.__version__
     assert report["packages"]["vllm"].keys() == {"version", "enables"}
+    assert report["hosts"].keys() >= {"trl", "verl", "openrlhf"}
+    assert report["hosts"]["slime"] == {
+        "version": "-",
+        "state": "not installed: github.com/THUDM/slime",
+    }
     assert "grpo_engine._C" in report["extension"]
 
 
