@@ -35,7 +35,9 @@ X: 2.1e-3 against 2.4e-3 at 0.7 nats of entropy, 1.7e-3 against 2.3e-3 at 6 (bf1
 simulated on a CPU, N = D = 256, V = 32,768; 1.7e-3 is the rounding of d weight itself).
 
 Bytes on CUDA at half inputs, besides the GEMMs' own reads of X and W: 14 a logit (fp32 written by
-the GEMM, read here; E written in half and read by two GEMMs); 8 more for a row redone.
+the GEMM, read here; E written in half and read by two GEMMs); 8 more for a row redone. The GEMM of
+d weight adds to an fp32 sum: 8 D / C bytes a logit more in chunks of C rows, the largest item where
+D is (linear_grpo.py).
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ from grpo_engine.kernels.common import (
 )
 from grpo_engine.kernels.exp_rows_triton import EXP_BLOCKS, _exp_rows_kernel
 from grpo_engine.kernels.head_chunks import HeadGrads, scale_for_half
-from grpo_engine.kernels.live_gemm import LiveRows
+from grpo_engine.kernels.live_gemm import LiveRows, live_rows
 from grpo_engine.kernels.sparse_rows import add_sparse_grad_weight
 from grpo_engine.kernels.top_logits import LEAST, TOP, TopLogits, entries_above, span_maxima
 from grpo_engine.kernels.vocab_rows import (
@@ -320,10 +322,15 @@ def exp_chunk_backward(
     scale; every argument is the chunk's own, but for ``hidden`` [N, D] where ``live`` is given
     (``HeadGrads.add``).
 
-    Rows whose gradient is 0 add exactly 0; on a CPU they are left out of both GEMMs where that
-    pays. ``rows.exps`` is used up.
+    Rows whose gradient is 0 add exactly 0; with ``live`` they are left out of both GEMMs, on a CPU
+    where that pays. ``rows.exps`` is used up.
     """
     scale, exps = rows.row_scale(grad_logprobs), rows.exps
+    chunk, part = index, {}
+    if live is not None:
+        places, count = live_rows(scale != 0)
+        part = {"live": LiveRows(live.index[index][places.long()], count), "places": places}
+        index = slice(0, len(places))
     if not use_triton(hidden):
         chosen = (scale != 0).nonzero().squeeze(1)
         if (len(scale) - len(chosen)) * hidden.shape[1] > CPU_COPY_COLUMNS * len(chosen):
@@ -331,12 +338,13 @@ def exp_chunk_backward(
                 index = torch.arange(index.start, index.stop)
             index, exps, scale, hidden = (t[chosen] for t in (index, exps, scale, hidden))
     (factor, *_), power = scale_for_half(RowGrads(scale), exps.dtype)
+    arguments = (index, exps, hidden, weight, power)
     if exps.dtype == torch.float32 or into.weight is None:
-        into.add(index, exps, hidden, weight, power, row_scale=factor, live=live)
+        into.add(*arguments, row_scale=factor, **part)
         return
-    replace(into, weight=None).add(index, exps, hidden, weight, power, row_scale=factor, live=live)
-    _take_out_tokens(index, rows, scale, hidden, into.weight, live)
-    replace(into, hidden=None).add(index, exps, hidden, weight, power, row_scale=factor, live=live)
+    replace(into, weight=None).add(*arguments, row_scale=factor, **part)
+    _take_out_tokens(chunk, rows, scale, hidden, into.weight, live)
+    replace(into, hidden=None).add(*arguments, row_scale=factor, **part)
 
 
 def _take_out_tokens(

@@ -29,11 +29,15 @@ Backward, with a_t = dp_t / d log rho and d_t = dl_t / dx_t at fixed rho:
 
 These come out of the same pass as the loss: the forward saves one fp32 gradient per token (one more
 per entropy), the backward multiplies by the incoming scalar. First derivatives only: under
-`create_graph=True` the backward raises. Token level:
-one launch that reads at most 8 and writes at most 2 floats a token; N = 16,384 moves 0.7 MB, so the
-launch is the cost. Sequence level: one launch, a program per sequence, three sweeps over its
-tokens. Both leave one row of partial sums per program, added in a fixed order by a second stage: no
-atomics, the same bits in every run. Hyper-parameters are run-time arguments.
+`create_graph=True` the backward raises.
+
+Launches on CUDA, whatever the options: two forward, one backward (tests/test_grpo_loss_launches.py
+counts them). Mask, [S] advantages, cu_seqlens and denominator are read as they come. The first
+launch reads at most 8 floats a token and writes at most 2: N = 16,384 moves 0.7 MB, so launches are
+the cost. Its programs take blocks of tokens, or for sequence-level options one sequence each, which
+they sweep two or three times. It leaves one row of partial sums per program; the second launch adds
+them in a fixed order (no atomics, the same bits in every run) and, where the loss is normalised by
+a count over all tokens, divides loss and gradients by it. Hyper-parameters are run-time arguments.
 
 Log-ratios are capped at 20 inside every exponential, with zero derivative beyond (verl caps there
 too): e^20 = 5e8 marks a broken log-probability, and uncapped it overflows into 0 * inf = NaN
@@ -49,6 +53,7 @@ from torch import Tensor
 from grpo_engine.kernels.common import custom_op, first_derivatives_only, use_triton
 from grpo_engine.kernels.grpo_loss_reference import grpo_loss_ref
 from grpo_engine.kernels.grpo_loss_torch import (
+    check_advantages,
     float_mask,
     loss_and_grad_torch,
     per_token_advantages,
@@ -58,10 +63,12 @@ from grpo_engine.kernels.grpo_loss_torch import (
 from grpo_engine.kernels.loss_options import (
     METRICS,
     NUM_METRICS,
+    SEQUENCE_MEAN_LOSSES,
     LossMetrics,
     LossOptions,
     check_denominator,
     check_loss_inputs,
+    default_denominator,
     make_loss_options,
     metric_names,
 )
@@ -71,6 +78,7 @@ __all__ = [
     "NUM_METRICS",
     "LossMetrics",
     "LossOptions",
+    "check_advantages",
     "check_loss_inputs",
     "grpo_loss",
     "grpo_loss_ref",
@@ -82,7 +90,8 @@ __all__ = [
 ]
 
 # --------------------------------------------------------------------------------------------------
-# Weights: mask, per-sequence mean and denominator in one number per token
+# Weights: mask, per-sequence mean and denominator in one number per token. linear_grpo_loss and the
+# portable path need them as a tensor.
 
 
 def token_weights(
@@ -95,25 +104,20 @@ def token_weights(
 ) -> Tensor:
     """Weights w [N] fp32 such that the loss is sum_t w_t l_t; they need no log-probabilities.
 
-    `denominator` (a positive number or 0-d tensor) replaces the default of the loss type, see
-    `grpo_loss`. Raises ValueError for dr_grpo with neither `denominator` nor
-    `max_completion_length`.
+    `denominator` (a positive number or 0-d tensor, already checked) replaces the default of the
+    loss type, see `grpo_loss`.
     """
-    check_denominator(options, denominator)
     mask = float_mask(num_tokens, loss_mask, device)
     num_sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if options.loss_type in ("grpo", "sapo"):
+    if denominator is None:
+        denominator = default_denominator(options, num_sequences)
+    if denominator is None:
+        denominator = mask.sum().clamp(min=1.0)
+    if options.loss_type in SEQUENCE_MEAN_LOSSES:
         if cu_seqlens is None:
             cu_seqlens = torch.arange(2, device=device) * num_tokens
         mask = _sequence_mean_weights(mask, cu_seqlens)
-        default = num_sequences
-    elif options.loss_type == "dr_grpo":
-        default = num_sequences * (options.max_completion_length or 1)
-    elif options.loss_type == "luspo":
-        default = num_sequences
-    else:
-        default = mask.sum().clamp(min=1.0) if denominator is None else 1.0
-    return mask / (default if denominator is None else denominator)
+    return mask / denominator
 
 
 @custom_op("grpo_engine::sequence_mean_weights")
@@ -141,32 +145,36 @@ def loss_and_grad(
     logprobs: Tensor,
     old_logprobs: Tensor | None,
     advantages: Tensor,
-    weights: Tensor,
+    weights: Tensor | None,
     cu_seqlens: Tensor | None,
     loss_mask: Tensor | None,
     ref_logprobs: Tensor | None,
     sampler_logprobs: Tensor | None,
     entropy: Tensor | None,
     options: LossOptions,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """(loss 0-d, dloss/dlogprobs [N], dloss/dentropy [N] or None, metric sums [NUM_METRICS]), all
-    fp32.
+    denominator: float | Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss 0-d, its gradients [1, N] of logprobs or [2, N] of logprobs and entropy, metric sums
+    [NUM_METRICS]), all fp32.
 
-    Inputs are fp32 [N] (`weights` from `token_weights`, `cu_seqlens` integer [S+1], `loss_mask` any
-    dtype), already checked. Unless `options.needs_sequence_pass`, any cut of the tokens works, with
-    the matching cut of `weights` and without `cu_seqlens`, and losses and metric sums of the cuts
-    add up.
+    Inputs are those of `grpo_loss`, already checked: fp32 [N], `advantages` also [S], `cu_seqlens`
+    integer [S+1], `loss_mask` any dtype. `weights` [N] from `token_weights` stand for `cu_seqlens`
+    and `denominator`; then, unless `options.needs_sequence_pass`, any cut of the tokens works, and
+    losses and metric sums of the cuts add up.
     """
-    mask = float_mask(logprobs.shape[0], loss_mask, logprobs.device)
-    per_token = (logprobs, old_logprobs, advantages, weights)
-    optional = (ref_logprobs, sampler_logprobs, entropy)
+    fields = (ref_logprobs, sampler_logprobs, entropy, options)
     if use_triton(logprobs):
         from grpo_engine.kernels.grpo_loss_triton import loss_and_grad_triton
 
-        contiguous = [None if f is None else f.contiguous() for f in (*per_token, mask, *optional)]
-        x, old, adv, w, m, ref, sampler, ent = contiguous
-        return loss_and_grad_triton(x, old, adv, w, cu_seqlens, m, ref, sampler, ent, options)
-    return loss_and_grad_torch(*per_token, cu_seqlens, mask, *optional, options)
+        per_token = (logprobs, old_logprobs, advantages, weights, cu_seqlens, loss_mask)
+        return loss_and_grad_triton(*per_token, *fields, denominator)
+    size, device = logprobs.shape[0], logprobs.device
+    advantages = per_token_advantages(advantages, size, cu_seqlens)
+    if weights is None:
+        weights = token_weights(size, cu_seqlens, loss_mask, options, denominator, device)
+    mask = float_mask(size, loss_mask, device)
+    per_token = (logprobs, old_logprobs, advantages, weights, cu_seqlens, mask)
+    return loss_and_grad_torch(*per_token, *fields)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -178,60 +186,62 @@ def _grpo_loss_op(
     logprobs: Tensor,
     old_logprobs: Tensor | None,
     advantages: Tensor,
-    weights: Tensor,
     cu_seqlens: Tensor | None,
     loss_mask: Tensor | None,
     ref_logprobs: Tensor | None,
     sampler_logprobs: Tensor | None,
     entropy: Tensor | None,
+    denominator_tensor: Tensor | None,
+    denominator: float | None,
     choices: str,
     numbers: list[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, gradient of logprobs, gradient of entropy ([0] without entropy), metric sums."""
-    loss, grad, grad_entropy, metric_sums = loss_and_grad(
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`loss_and_grad`; at most one of the two denominators."""
+    return loss_and_grad(
         logprobs,
         old_logprobs,
         advantages,
-        weights,
+        None,
         cu_seqlens,
         loss_mask,
         ref_logprobs,
         sampler_logprobs,
         entropy,
         LossOptions.from_op_arguments(choices, numbers),
+        denominator if denominator_tensor is None else denominator_tensor,
     )
-    return loss, grad, logprobs.new_empty(0) if grad_entropy is None else grad_entropy, metric_sums
 
 
 @_grpo_loss_op.register_fake
-def _(
-    logprobs, old_logprobs, advantages, weights, cu_seqlens, loss_mask, ref, sampler, entropy, *_
-):
-    grad_entropy = logprobs.new_empty(0) if entropy is None else torch.empty_like(logprobs)
+def _(logprobs, old_logprobs, advantages, cu_seqlens, loss_mask, ref, sampler, entropy, *_):
+    rows = 1 if entropy is None else 2
     return (
         logprobs.new_empty(()),
-        torch.empty_like(logprobs),
-        grad_entropy,
+        logprobs.new_empty(rows, logprobs.shape[0]),
         logprobs.new_empty(NUM_METRICS),
     )
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, grad, grad_entropy, metric_sums = output
-    ctx.mark_non_differentiable(grad, grad_entropy, metric_sums)
-    ctx.has_entropy = inputs[8] is not None
-    ctx.save_for_backward(grad, grad_entropy)
+    _, grads, metric_sums = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(grads, metric_sums)
+    ctx.save_for_backward(grads)
 
 
 @first_derivatives_only
 def _backward(ctx, grad_loss, *_):
-    grad, grad_entropy = ctx.saved_tensors
-    grads = [None] * 11
+    results = [None] * 12
+    if grad_loss is None:
+        return tuple(results)
+    (grads,) = ctx.saved_tensors
+    needs_entropy = ctx.needs_input_grad[7]
+    grads = grad_loss * (grads if needs_entropy else grads[:1])
     if ctx.needs_input_grad[0]:
-        grads[0] = grad_loss * grad
-    if ctx.has_entropy and ctx.needs_input_grad[8]:
-        grads[8] = grad_loss * grad_entropy
-    return tuple(grads)
+        results[0] = grads[0]
+    if needs_entropy:
+        results[7] = grads[1]
+    return tuple(results)
 
 
 _grpo_loss_op.register_autograd(_backward, setup_context=_setup_context)
@@ -356,20 +366,21 @@ def grpo_loss(
         "sampler_logprobs": sampler_logprobs,
         "entropy": entropy,
     }
-    num_tokens, device = logprobs.shape[0], logprobs.device
-    check_loss_inputs(options, num_tokens, device, cu_seqlens, loss_mask, fields)
-    advantages = per_token_advantages(advantages, num_tokens, device, cu_seqlens)
-    weights = token_weights(num_tokens, cu_seqlens, loss_mask, options, denominator, device)
-    loss, _, _, metric_sums = _grpo_loss_op(
+    check_loss_inputs(options, logprobs.shape[0], logprobs.device, cu_seqlens, loss_mask, fields)
+    check_advantages(advantages, logprobs.shape[0], logprobs.device, cu_seqlens)
+    check_denominator(options, denominator)
+    is_tensor = isinstance(denominator, Tensor)
+    loss, _, metric_sums = _grpo_loss_op(
         logprobs,
         old_logprobs,
         advantages,
-        weights,
         cu_seqlens,
         loss_mask,
         ref_logprobs,
         sampler_logprobs,
         entropy,
+        denominator if is_tensor else None,
+        None if is_tensor or denominator is None else float(denominator),
         *options.op_arguments(),
     )
     names = metric_names(

@@ -19,6 +19,7 @@ from grpo_engine.kernels.loss_options import (
     check_needed_fields,
     make_loss_options,
     metric_names,
+    refuse_unknown_options,
 )
 
 
@@ -38,6 +39,7 @@ def grpo_loss_ref(
     """Specification of `grpo_loss`, same arguments: one sequence at a time, derivatives by
     autograd, in the dtype of `logprobs` (fp32 or fp64). Reads tensor values on the host; for tests
     and small inputs."""
+    refuse_unknown_options("grpo_loss_ref", option_values)
     o = make_loss_options(**option_values)
     check_denominator(o, denominator)
     optional = {

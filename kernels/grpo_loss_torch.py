@@ -34,11 +34,10 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     return sums.float()
 
 
-def per_token_advantages(
+def check_advantages(
     advantages: Tensor, num_tokens: int, device: torch.device, cu_seqlens: Tensor | None
-) -> Tensor:
-    """Advantages [N] fp32 from [N] or, one per sequence, [S]. Raises ValueError for any other
-    shape, dtype or device, or if they require grad."""
+) -> None:
+    """ValueError unless fp32 [N] or, one per sequence, [S], on `device` and without gradient."""
     if not isinstance(advantages, Tensor) or advantages.dtype != torch.float32:
         raise ValueError(
             f"advantages must be a float32 tensor, got {getattr(advantages, 'dtype', advantages)}"
@@ -46,14 +45,18 @@ def per_token_advantages(
     if advantages.device != device:
         raise ValueError(f"advantages is on {advantages.device}, expected {device}")
     check_no_gradient(advantages=advantages)
-    if advantages.shape == (num_tokens,):
-        return advantages
     num_sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if advantages.shape != (num_sequences,):
+    if advantages.shape not in ((num_tokens,), (num_sequences,)):
         raise ValueError(
             f"advantages must have shape [{num_tokens}] (per token) or [{num_sequences}] "
             f"(per sequence), got {list(advantages.shape)}"
         )
+
+
+def per_token_advantages(advantages: Tensor, num_tokens: int, cu_seqlens: Tensor | None) -> Tensor:
+    """Checked advantages [N] or [S] as [N] (N = S: as they are)."""
+    if advantages.shape == (num_tokens,):
+        return advantages
     if cu_seqlens is None:
         return advantages.expand(num_tokens)
     return advantages[sequence_ids(cu_seqlens, num_tokens)]
@@ -171,7 +174,8 @@ def loss_and_grad_torch(
     sampler: Tensor | None,
     entropy: Tensor | None,
     o: LossOptions,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`loss_and_grad` of grpo_loss.py, from advantages, weights and mask [N] fp32."""
     live = m != 0  # masked tokens may hold anything, NaN included: a product with 0 would keep it
     x, old, adv, w, ref, sampler, entropy = (
         None if field is None else torch.where(live, field, 0.0)
@@ -218,10 +222,8 @@ def loss_and_grad_torch(
         if o.beta:  # an infinite estimate that is only reported would make the loss 0 * inf
             by_ratio = by_ratio + o.beta * kl if o.kl_bias_correction else by_ratio
             losses, direct = losses + o.beta * corrected[0], direct + o.beta * corrected[1]
-    grad_entropy = None
     if entropy is not None:
         losses = losses - o.entropy_coef * entropy if o.entropy_coef else losses
-        grad_entropy = w * -o.entropy_coef
         sums["entropy"] = entropy
 
     by_log_ratio = w * by_ratio * torch.where(log_ratio > LOG_RATIO_MAX, 0.0, ratio)
@@ -229,4 +231,5 @@ def loss_and_grad_torch(
         by_log_ratio = segment_sum(by_log_ratio, bounds)[sequence] * share
     # not a matrix product: BLAS adds in order, which loses 8e-5 of a mean over 60,000 tokens
     metric_sums = (torch.stack([sums[name] for name in METRICS]) * m).sum(1)
-    return (w * losses).sum(), w * direct + by_log_ratio, grad_entropy, metric_sums
+    grads = [w * direct + by_log_ratio] + ([] if entropy is None else [w * -o.entropy_coef])
+    return (w * losses).sum(), torch.stack(grads), metric_sums

@@ -1,10 +1,13 @@
-"""Triton kernels of the GRPO loss; the formulas and what is saved are in `grpo_loss.py`.
+"""Triton kernels of the GRPO loss: two launches, whatever the options.
 
-`_token_kernel`: programs over blocks of tokens. `_sequence_kernel`: one program per sequence, for
-options where one token's loss depends on its whole sequence; it sweeps its tokens twice
-(statistics; loss, direct gradient and the gradient of the sequence's ratio) and, for sequence
-ratios, a third time to spread the latter. Both call the one `_token_terms`, read a masked token's
-mask and nothing else of it, and write one row of partial sums.
+`_token_kernel` (programs over blocks of tokens) or, where one token's loss depends on its whole
+sequence, `_sequence_kernel` (grpo_loss_sequence_triton.py) writes gradients and one row of partial
+sums a program; both call the one `_token_terms` (grpo_loss_terms_triton.py). `_reduce_kernel` adds
+the rows in a fixed order and, where the normaliser is a sum over all tokens, divides by it.
+
+Mask, advantages [N] or [S] and denominator are read as they come. A program of `_token_kernel`
+finds the sequences of its block by binary search in `cu_seqlens`, and for a mean over a sequence
+counts the masks of each of them anew: a byte a token out of the cache instead of another launch.
 """
 
 from __future__ import annotations
@@ -15,236 +18,132 @@ import torch
 from torch import Tensor
 
 from grpo_engine.kernels.common import LAUNCH_OPTIONS, jit, on_device_of_first, tl, triton
+from grpo_engine.kernels.grpo_loss_sequence_triton import _sequence_kernel
+from grpo_engine.kernels.grpo_loss_terms_triton import (
+    _inverse,
+    _mask_of,
+    _store_partials,
+    _token_terms,
+)
 from grpo_engine.kernels.loss_options import (
     CLIPPED_LOSSES,
     LOG_RATIO_MAX,
     NUM_METRICS,
+    SEQUENCE_MEAN_LOSSES,
     VESPO_RATIO_MIN,
     LossOptions,
+    default_denominator,
 )
 
-TOKEN_BLOCK = 1024
+TOKEN_BLOCK = 256
 SEQUENCE_BLOCK = 512
 NUM_WARPS = 4
 PARTIALS = NUM_METRICS + 1  # the loss, then the metrics
+PARTIAL_ROW = 16  # floats from one row of partial sums to the next
+REDUCE_ROWS = 256
+assert PARTIALS <= PARTIAL_ROW
+
+
+# ---- Which sequence, which weight ----------------------------------------------------------------
 
 
 @jit
-def _at_most(value, cap):
-    return tl.where(value > cap, cap, value)  # keeps NaN, which tl.minimum would drop
+def _sequence_of(position, cu_seqlens_ptr, num_sequences, search_steps):
+    """Number of the sequence that holds the token at `position`; `num_sequences` past the last."""
+    low = position * 0
+    high = low + num_sequences
+    for _ in range(search_steps):
+        middle = (low + high) // 2
+        inside = middle < num_sequences
+        ended = tl.load(cu_seqlens_ptr + middle + 1, mask=inside, other=0) <= position
+        searching = low < high
+        low = tl.where(searching & ended, middle + 1, low)
+        high = tl.where(searching & (ended == 0), middle, high)
+    return low
 
 
 @jit
-def _within(value, low, high):
-    return _at_most(tl.where(value < low, low, value), high)
-
-
-@jit
-def _scaled(coefficient, value):
-    """coefficient * value, and 0 for a coefficient of 0 even where the value is infinite."""
-    return tl.where(coefficient == 0.0, 0.0, coefficient * value)
-
-
-@jit
-def _policy_term(
-    ratio, x, adv, ratio_low, ratio_high, delta, tau_pos, tau_neg, LOSS: tl.constexpr
+def _mean_weights(
+    m, offs, first, mask_ptr, cu_seqlens_ptr, num_tokens, num_sequences, search_steps,
+    HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(p, dp/d ratio, dp/dx at fixed ratio, held at the lower clip, held at the upper clip)."""
-    zero = tl.zeros_like(ratio)
-    if LOSS == "cispo":
-        coefficient = -_at_most(ratio, ratio_high) * adv
-        held_high = ((ratio > ratio_high) & (adv > 0)).to(tl.float32)
-        return coefficient * x, zero, coefficient, zero, held_high
-    elif LOSS == "sapo":
-        tau = tl.where(adv > 0, tau_pos, tau_neg)
-        gate = tl.sigmoid(tau * (ratio - 1))
-        return gate * (-4 / tau) * adv, -4 * gate * (1 - gate) * adv, zero, zero, zero
-    else:
-        unclipped = _at_most(ratio, delta) * adv
-        clipped = _within(ratio, ratio_low, ratio_high) * adv
-        # The derivative of min(u, c) is that of the smaller; at a tie half of each, as
-        # torch.minimum has it.
-        share = tl.where(unclipped < clipped, 1.0, tl.where(unclipped == clipped, 0.5, 0.0))
-        inside = ((ratio >= ratio_low) & (ratio <= ratio_high)).to(tl.float32)
-        slope = share * (ratio <= delta).to(tl.float32) + (1 - share) * inside
-        held_low = ((ratio < ratio_low) & (adv < 0)).to(tl.float32)
-        held_high = ((ratio > ratio_high) & (adv > 0)).to(tl.float32)
-        return -tl.minimum(unclipped, clipped), -adv * slope, zero, held_low, held_high
+    """m / (its sum over the token's sequence), 0 where that is 0, of the block from `first` on. A
+    token that no sequence covers gets NaN: loud, where checking cu_seqlens would be a host sync."""
+    offs, first = offs.to(tl.int32), first.to(tl.int32)
+    last = tl.minimum(first + BLOCK, num_tokens) - 1
+    lowest = _sequence_of(first, cu_seqlens_ptr, num_sequences, search_steps)
+    highest = _sequence_of(last, cu_seqlens_ptr, num_sequences, search_steps)
+    w = tl.full([BLOCK], float("nan"), tl.float32)
+    for s in range(lowest, highest + 1):
+        exists = s < num_sequences
+        start = tl.load(cu_seqlens_ptr + s, mask=exists, other=0).to(tl.int32)
+        end = tl.load(cu_seqlens_ptr + s + 1, mask=exists, other=0).to(tl.int32)
+        end = tl.minimum(end, num_tokens)
+        count = 0.0
+        for begin in range(start, end, BLOCK):
+            lanes = begin + tl.arange(0, BLOCK)
+            count += tl.sum(_mask_of(mask_ptr, lanes, lanes < end, HAS_MASK), 0)
+        w = tl.where((offs >= start) & (offs < end), m * _inverse(count), w)
+    return w
 
 
-@jit
-def _kl_term(gap, cap, KL: tl.constexpr):
-    """(KL estimate, its derivative in x) from gap = ref - x."""
-    if KL == "k1":
-        return -gap, tl.full(gap.shape, 1.0, tl.float32)
-    elif KL == "k2":
-        return gap * gap / 2, -gap
-    else:
-        capped = _at_most(gap, cap)
-        odds = tl.exp(capped)
-        return odds - capped - 1, tl.where(gap > cap, 0.0, 1 - odds)
+# ---- First launch: gradients and partial sums ----------------------------------------------------
 
 
-@jit
-def _sampler_difference(x, old, sampler_ptr, offs, live):
-    """(log(pi_old / pi_sampler), whether the sampler left the token unscored); 0 where unscored."""
-    sampler = tl.load(sampler_ptr + offs, mask=live, other=0.0)
-    unscored = sampler != sampler
-    return tl.where(unscored | (live == 0), 0.0, old - sampler), unscored.to(tl.float32)
-
-
-@jit
-def _sampler_weight(log_weight, is_low, is_high, cap, IS: tl.constexpr):
-    """(bounded weight, whether clipping or masking changed it) of log(pi_old / pi_sampler)."""
-    raw = tl.exp(_at_most(log_weight, cap))
-    outside = (raw < is_low) | (raw > is_high)
-    if IS == "mask":
-        return tl.where(outside, 0.0, raw), outside
-    else:
-        return _within(raw, is_low, is_high), outside
-
-
-@jit
-def _vespo_weight(log_w, adv, k_pos, lambda_pos, k_neg, lambda_neg, ratio_min, cap):
-    """phi from the sum of the sequence's log-ratios."""
-    log_w = _within(log_w, tl.log(ratio_min), cap)
-    k = tl.where(adv >= 0, k_pos, k_neg)
-    decay = tl.where(adv >= 0, lambda_pos, lambda_neg)
-    return tl.exp(decay + k * log_w - decay * tl.exp(log_w))
-
-
-@jit
-def _token_terms(
-    # outputs
-    grad_entropy_ptr,
-    # inputs
-    x_ptr, old_ptr, adv_ptr, weight_ptr, mask_ptr, ref_ptr, sampler_ptr, entropy_ptr,
-    # statistics of the token's sequence; read only under the SEQUENCE_ flags and for vespo
-    sequence_log_ratio, sequence_difference, sequence_log_w,
-    # scalars
-    ratio_low, ratio_high, delta, beta, is_low, is_high, entropy_coef,
-    tau_pos, tau_neg, k_pos, lambda_pos, k_neg, lambda_neg, ratio_min, cap,
-    # which tokens
-    offs, inside,
-    # constexprs
-    LOSS: tl.constexpr, KL: tl.constexpr, KL_RATIO: tl.constexpr, IS: tl.constexpr,
-    SEQUENCE_RATIO: tl.constexpr, SEQUENCE_IS: tl.constexpr,
-    HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
-    HAS_SAMPLER: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-):  # fmt: skip
-    """(mask, w l, w dl/dx at fixed ratio, w dl/d log ratio, then the metrics of
-    loss_options.METRICS[1:])."""
-    m = tl.load(mask_ptr + offs, mask=inside, other=0.0)
-    live = m != 0
-    x = tl.load(x_ptr + offs, mask=live, other=0.0)
-    adv = tl.load(adv_ptr + offs, mask=live, other=0.0)
-    w = tl.load(weight_ptr + offs, mask=live, other=0.0)
-    zero = tl.zeros_like(x)
-
-    old = x
-    if HAS_OLD:
-        old = tl.load(old_ptr + offs, mask=live, other=0.0)
-    log_ratio = x - old
-    capped = _at_most(log_ratio, cap)
-    approx_kl = tl.exp(capped) - 1 - capped
-    if SEQUENCE_RATIO:
-        log_ratio = zero + sequence_log_ratio
-    ratio = tl.exp(_at_most(log_ratio, cap))
-    phi = zero
-    if LOSS == "vespo":
-        phi = _vespo_weight(
-            zero + sequence_log_w, adv, k_pos, lambda_pos, k_neg, lambda_neg, ratio_min, cap
-        )
-        loss, by_ratio, direct, held_low, held_high = -phi * adv * x, zero, -phi * adv, zero, zero
-    else:
-        loss, by_ratio, direct, held_low, held_high = _policy_term(
-            ratio, x, adv, ratio_low, ratio_high, delta, tau_pos, tau_neg, LOSS
-        )
-
-    difference, unscored, is_weight, is_cut = zero, zero, zero, zero
-    if HAS_SAMPLER:
-        difference, unscored = _sampler_difference(x, old, sampler_ptr, offs, live)
-    if IS != "none":
-        log_weight = difference
-        if SEQUENCE_IS:
-            log_weight = zero + sequence_difference
-        is_weight, outside = _sampler_weight(log_weight, is_low, is_high, cap, IS)
-        is_cut = outside.to(tl.float32)
-        if LOSS != "vespo":
-            loss, by_ratio, direct = loss * is_weight, by_ratio * is_weight, direct * is_weight
-
-    kl = zero
-    if HAS_REF:
-        kl, kl_slope = _kl_term(tl.load(ref_ptr + offs, mask=live, other=0.0) - x, cap, KL)
-        if KL_RATIO:
-            by_ratio += _scaled(beta, kl)
-            kl, kl_slope = kl * ratio, kl_slope * ratio
-        loss += _scaled(beta, kl)
-        direct += _scaled(beta, kl_slope)
-
-    entropy = zero
-    if HAS_ENTROPY:
-        entropy = tl.load(entropy_ptr + offs, mask=live, other=0.0)
-        loss -= _scaled(entropy_coef, entropy)
-        tl.store(grad_entropy_ptr + offs, -entropy_coef * w, mask=inside)
-
-    by_log_ratio = by_ratio * tl.where(log_ratio > cap, 0.0, ratio)
-    return (
-        m, w * loss, w * direct, w * by_log_ratio,
-        m * kl, m * entropy, m * ratio, m * approx_kl,
-        m * held_low, m * held_high, m * (held_low + held_high),
-        m * tl.abs(difference), m * is_weight, m * is_cut, m * unscored, m * phi,
-    )  # fmt: skip
-
-
-@jit
-def _store_partials(
-    partial_ptr, row, loss, tokens, kl, entropy, ratio, approx_kl, low, high, region,
-    gap, weight, cut, unscored, phi, PARTIALS: tl.constexpr,
-):  # fmt: skip
-    partial_ptr += row * PARTIALS
-    tl.store(partial_ptr, tl.sum(loss, 0))
-    tl.store(partial_ptr + 1, tl.sum(tokens, 0))
-    tl.store(partial_ptr + 2, tl.sum(kl, 0))
-    tl.store(partial_ptr + 3, tl.sum(entropy, 0))
-    tl.store(partial_ptr + 4, tl.sum(ratio, 0))
-    tl.store(partial_ptr + 5, tl.sum(approx_kl, 0))
-    tl.store(partial_ptr + 6, tl.sum(low, 0))
-    tl.store(partial_ptr + 7, tl.sum(high, 0))
-    tl.store(partial_ptr + 8, tl.sum(region, 0))
-    tl.store(partial_ptr + 9, tl.sum(gap, 0))
-    tl.store(partial_ptr + 10, tl.sum(weight, 0))
-    tl.store(partial_ptr + 11, tl.sum(cut, 0))
-    tl.store(partial_ptr + 12, tl.sum(unscored, 0))
-    tl.store(partial_ptr + 13, tl.sum(phi, 0))
-
-
-@jit(do_not_specialize=["num_tokens"])
+@jit(do_not_specialize=["num_tokens", "num_sequences", "search_steps"])
 def _token_kernel(
-    # outputs
-    grad_ptr, grad_entropy_ptr, partial_ptr,
+    # outputs; the gradients of the entropy follow those of the log-probabilities
+    grad_ptr, partial_ptr,
     # inputs
     x_ptr, old_ptr, adv_ptr, weight_ptr, mask_ptr, ref_ptr, sampler_ptr, entropy_ptr,
+    cu_seqlens_ptr, denominator_ptr,
     # scalars
-    ratio_low, ratio_high, delta, beta, is_low, is_high, entropy_coef,
+    denominator, ratio_low, ratio_high, delta, beta, is_low, is_high, entropy_coef,
     tau_pos, tau_neg, k_pos, lambda_pos, k_neg, lambda_neg, ratio_min, cap,
     # shapes
-    num_tokens,
+    num_tokens, num_sequences, search_steps,
     # constexprs
     LOSS: tl.constexpr, KL: tl.constexpr, KL_RATIO: tl.constexpr, IS: tl.constexpr,
-    HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
-    HAS_SAMPLER: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-    PARTIALS: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHTS: tl.constexpr, ADVANTAGES: tl.constexpr, HAS_DENOMINATOR: tl.constexpr,
+    HAS_SEQUENCES: tl.constexpr, HAS_MASK: tl.constexpr, HAS_OLD: tl.constexpr,
+    HAS_REF: tl.constexpr, HAS_SAMPLER: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    offs = row * BLOCK + tl.arange(0, BLOCK)
+    first = row * BLOCK
+    offs = first + tl.arange(0, BLOCK)
     inside = offs < num_tokens
+    m = _mask_of(mask_ptr, offs, inside, HAS_MASK)
+    live = m != 0
+
+    if WEIGHTS == "given":
+        w = tl.load(weight_ptr + offs, mask=live, other=0.0)
+    else:
+        if HAS_DENOMINATOR:
+            denominator = tl.load(denominator_ptr).to(tl.float32)
+        w = m
+        if WEIGHTS == "mean":
+            w = _mean_weights(
+                m, offs, first, mask_ptr, cu_seqlens_ptr, num_tokens, num_sequences, search_steps,
+                HAS_MASK, BLOCK,
+            )  # fmt: skip
+        w = w / denominator
+
+    if ADVANTAGES == "token":
+        adv = tl.load(adv_ptr + offs, mask=live, other=0.0)
+    else:
+        s = offs.to(tl.int32) * 0
+        if HAS_SEQUENCES:
+            s = _sequence_of(offs.to(tl.int32), cu_seqlens_ptr, num_sequences, search_steps)
+        adv = tl.load(adv_ptr + s, mask=live & (s < num_sequences), other=float("nan"))
+
     (
         tokens, loss, direct, by_log_ratio,
         kl, entropy, ratio, approx_kl, low, high, region, gap, weight, cut, unscored, phi,
     ) = _token_terms(
-        grad_entropy_ptr,
-        x_ptr, old_ptr, adv_ptr, weight_ptr, mask_ptr, ref_ptr, sampler_ptr, entropy_ptr,
+        grad_ptr + num_tokens,
+        x_ptr, old_ptr, ref_ptr, sampler_ptr, entropy_ptr,
+        m, adv, w,
         0.0, 0.0, 0.0,
         ratio_low, ratio_high, delta, beta, is_low, is_high, entropy_coef,
         tau_pos, tau_neg, k_pos, lambda_pos, k_neg, lambda_neg, ratio_min, cap,
@@ -254,116 +153,55 @@ def _token_kernel(
     tl.store(grad_ptr + offs, direct + by_log_ratio, mask=inside)
     _store_partials(
         partial_ptr, row, loss, tokens, kl, entropy, ratio, approx_kl, low, high, region,
-        gap, weight, cut, unscored, phi, PARTIALS,
+        gap, weight, cut, unscored, phi, ROW,
     )  # fmt: skip
 
 
-@jit
-def _sequence_kernel(
-    # outputs
-    grad_ptr, grad_entropy_ptr, partial_ptr,
+# ---- Second launch: the sums ---------------------------------------------------------------------
+
+
+@jit(do_not_specialize=["num_rows", "num_tokens"])
+def _reduce_kernel(
+    # outputs; the gradients are read as well
+    loss_ptr, metric_ptr, grad_ptr,
     # inputs
-    x_ptr, old_ptr, adv_ptr, weight_ptr, mask_ptr, ref_ptr, sampler_ptr, entropy_ptr,
-    cu_seqlens_ptr,
-    # scalars
-    ratio_low, ratio_high, delta, beta, is_low, is_high, entropy_coef,
-    tau_pos, tau_neg, k_pos, lambda_pos, k_neg, lambda_neg, ratio_min, cap,
+    partial_ptr,
+    # shapes
+    num_rows, num_tokens,
     # constexprs
-    LOSS: tl.constexpr, KL: tl.constexpr, KL_RATIO: tl.constexpr, IS: tl.constexpr,
-    SEQUENCE_RATIO: tl.constexpr, SEQUENCE_IS: tl.constexpr,
-    HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
-    HAS_SAMPLER: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-    PARTIALS: tl.constexpr, BLOCK: tl.constexpr,
+    NORMALISE: tl.constexpr, GRADS: tl.constexpr,
+    PARTIALS: tl.constexpr, ROW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    first = tl.load(cu_seqlens_ptr + row).to(tl.int64)
-    length = (tl.load(cu_seqlens_ptr + row + 1).to(tl.int64) - first).to(tl.int32)
-    lanes = tl.arange(0, BLOCK)
-    zero = tl.zeros([BLOCK], tl.float32)
-
-    # Sweep 1: the sequence's token count, log-ratios and sampler difference.
-    count, log_ratios, differences, log_ws = zero, zero, zero, zero
-    for start in range(0, length, BLOCK):
-        offs = first + start + lanes
-        m = tl.load(mask_ptr + offs, mask=start + lanes < length, other=0.0)
-        live = m != 0
-        x = tl.load(x_ptr + offs, mask=live, other=0.0)
-        old = x
-        if HAS_OLD:
-            old = tl.load(old_ptr + offs, mask=live, other=0.0)
-        count += m
-        log_ratios += m * (x - old)
-        if SEQUENCE_IS:
-            difference, _ = _sampler_difference(x, old, sampler_ptr, offs, live)
-            differences += m * difference
-        if LOSS == "vespo":
-            log_w = _within(x - old, -cap, cap)
-            if IS != "none":
-                difference, _ = _sampler_difference(x, old, sampler_ptr, offs, live)
-                is_weight, _ = _sampler_weight(difference, is_low, is_high, cap, IS)
-                log_w += tl.log(_within(is_weight, ratio_min, tl.exp(cap)))
-            log_ws += m * log_w
-    count_sum = tl.sum(count, 0)
-    per_count = tl.where(count_sum > 0, 1.0 / tl.where(count_sum > 0, count_sum, 1.0), 0.0)
-    sequence_log_ratio = tl.sum(log_ratios, 0) * per_count
-    sequence_difference = tl.sum(differences, 0)
-    sequence_log_w = tl.sum(log_ws, 0)
-
-    # Sweep 2: losses, metrics, and the gradient that does not go through the sequence's ratio.
-    loss, tokens, through, kl, entropy, ratio, approx_kl = zero, zero, zero, zero, zero, zero, zero
-    low, high, region, gap, weight, cut, unscored = zero, zero, zero, zero, zero, zero, zero
-    phi = zero
-    for start in range(0, length, BLOCK):
-        offs = first + start + lanes
-        inside = start + lanes < length
-        (
-            tokens_i, loss_i, direct_i, through_i,
-            kl_i, entropy_i, ratio_i, approx_kl_i, low_i, high_i, region_i,
-            gap_i, weight_i, cut_i, unscored_i, phi_i,
-        ) = _token_terms(
-            grad_entropy_ptr,
-            x_ptr, old_ptr, adv_ptr, weight_ptr, mask_ptr, ref_ptr, sampler_ptr, entropy_ptr,
-            sequence_log_ratio, sequence_difference, sequence_log_w,
-            ratio_low, ratio_high, delta, beta, is_low, is_high, entropy_coef,
-            tau_pos, tau_neg, k_pos, lambda_pos, k_neg, lambda_neg, ratio_min, cap,
-            offs, inside,
-            LOSS, KL, KL_RATIO, IS, SEQUENCE_RATIO, SEQUENCE_IS,
-            HAS_OLD, HAS_REF, HAS_SAMPLER, HAS_ENTROPY,
-        )  # fmt: skip
-        if SEQUENCE_RATIO:
-            through += through_i
+    """Sums of the partial rows, in the same order in every program; with NORMALISE each divides
+    its block of the gradients by the mask's, the first one the loss."""
+    program = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, ROW)
+    sums = tl.zeros([ROWS, ROW], tl.float32)
+    for start in range(0, num_rows, ROWS):
+        rows = (start + tl.arange(0, ROWS)).to(tl.int64)
+        there = (rows < num_rows)[:, None] & (columns < PARTIALS)[None, :]
+        sums += tl.load(partial_ptr + rows[:, None] * ROW + columns[None, :], mask=there, other=0.0)
+    totals = tl.sum(sums, 0)
+    scale = 1.0
+    if NORMALISE != "none":
+        tokens = tl.sum(tl.where(columns == 1, totals, 0.0), 0)
+        if NORMALISE == "mean":
+            scale = _inverse(tokens)
         else:
-            direct_i += through_i
-        tl.store(grad_ptr + offs, direct_i, mask=inside)
-        loss += loss_i
-        tokens += tokens_i
-        kl += kl_i
-        entropy += entropy_i
-        ratio += ratio_i
-        approx_kl += approx_kl_i
-        low += low_i
-        high += high_i
-        region += region_i
-        gap += gap_i
-        weight += weight_i
-        cut += cut_i
-        unscored += unscored_i
-        phi += phi_i
-    _store_partials(
-        partial_ptr, row, loss, tokens, kl, entropy, ratio, approx_kl, low, high, region,
-        gap, weight, cut, unscored, phi, PARTIALS,
-    )  # fmt: skip
+            scale = 1.0 / tl.where(tokens < 1.0, 1.0, tokens)
+        offs = program * BLOCK + tl.arange(0, BLOCK)
+        inside = offs < num_tokens
+        for _ in tl.static_range(GRADS):
+            grad = tl.load(grad_ptr + offs, mask=inside, other=0.0)
+            tl.store(grad_ptr + offs, grad * scale, mask=inside)
+            offs += num_tokens
+    if program == 0:
+        tl.store(loss_ptr + columns, totals * scale, mask=columns == 0)
+        is_metric = (columns > 0) & (columns < PARTIALS)
+        tl.store(metric_ptr + columns - 1, totals, mask=is_metric)
 
-    # Sweep 3: d(mean log-ratio)/dx is m / count, the same total for every token of the sequence.
-    if SEQUENCE_RATIO:
-        tl.debug_barrier()  # sweep 2's stores of grad are read back below
-        share = tl.sum(through, 0) * per_count
-        for start in range(0, length, BLOCK):
-            offs = first + start + lanes
-            inside = start + lanes < length
-            m = tl.load(mask_ptr + offs, mask=inside, other=0.0)
-            direct = tl.load(grad_ptr + offs, mask=inside, other=0.0)
-            tl.store(grad_ptr + offs, direct + share * m, mask=inside)
+
+# ---- Launchers -----------------------------------------------------------------------------------
 
 
 @jit
@@ -404,83 +242,145 @@ def loss_and_grad_triton(
     x: Tensor,
     old: Tensor | None,
     adv: Tensor,
-    w: Tensor,
+    weights: Tensor | None,
     cu_seqlens: Tensor | None,
-    m: Tensor,
+    mask: Tensor | None,
     ref: Tensor | None,
     sampler: Tensor | None,
     entropy: Tensor | None,
     options: LossOptions,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """(loss, grad_logprobs [N], grad_entropy [N] | None, metric_sums [K]); all inputs contiguous
-    fp32 [N]."""
-    num_tokens = x.shape[0]
-    o = options
+    denominator: float | Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`loss_and_grad` of grpo_loss.py: two launches where every input is contiguous."""
+    num_tokens, o = x.shape[0], options
+    num_sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    grads = x.new_empty(1 if entropy is None else 2, num_tokens)
+    loss, metric_sums = x.new_empty(()), x.new_empty(NUM_METRICS)
+    if num_tokens == 0:
+        return loss.zero_(), grads, metric_sums.zero_()
     by_sequence = o.needs_sequence_pass
-    if by_sequence and cu_seqlens is None:
-        cu_seqlens = torch.arange(2, device=x.device, dtype=torch.int32) * num_tokens
-    num_rows = cu_seqlens.shape[0] - 1 if by_sequence else triton.cdiv(num_tokens, TOKEN_BLOCK)
-    # As in sequence_mean_weights_triton, what no sequence covers stays NaN.
-    grad = torch.full_like(x, math.nan) if by_sequence else torch.empty_like(x)
-    grad_entropy = None if entropy is None else torch.empty_like(x)
-    if num_tokens == 0 or num_rows == 0:
-        return x.new_zeros(()), grad.zero_(), grad_entropy, x.new_zeros(NUM_METRICS)
-    partials = torch.empty(num_rows, PARTIALS, device=x.device, dtype=torch.float32)
+    num_rows = num_sequences if by_sequence else triton.cdiv(num_tokens, TOKEN_BLOCK)
+    partials = x.new_empty(num_rows, PARTIAL_ROW)
+    how = weighting(o, weights is not None, cu_seqlens is not None, denominator is not None)
+    if denominator is None:
+        denominator = default_denominator(o, num_sequences) or 1.0
+    if isinstance(denominator, Tensor) and denominator.device != x.device:
+        denominator = denominator.item()  # on the CPU: no sync
+    has_tensor = isinstance(denominator, Tensor)
 
     def given(tensor: Tensor | None) -> Tensor:
-        return x if tensor is None else tensor  # a valid pointer that its HAS_ flag leaves unread
+        return x if tensor is None else tensor.contiguous()  # a pointer that nobody reads
 
-    fields = (x, given(old), adv, w, m, given(ref), given(sampler), given(entropy))
+    x = x.contiguous()
+    flags = constexprs(
+        o,
+        how,
+        by_token=adv.shape == (num_tokens,),
+        denominator=has_tensor,
+        sequences=cu_seqlens is not None,
+        mask=mask is not None,
+        old=old is not None,
+        ref=ref is not None,
+        sampler=sampler is not None,
+        entropy=entropy is not None,
+    )
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    optional = [given(tensor) for tensor in (mask, ref, sampler, entropy, cu_seqlens)]
+    optional.append(denominator if has_tensor else x)
+    scalars = (1.0 if has_tensor else float(denominator), *kernel_scalars(o))
+    outputs = (grads, partials)
+    launch = {"num_warps": NUM_WARPS, **LAUNCH_OPTIONS}
+    inputs = (x, given(old), adv.contiguous())
+    if by_sequence:
+        _sequence_kernel[(num_rows,)](
+            *outputs, *inputs, *optional, *scalars, num_tokens, **flags, **launch
+        )
+    else:
+        shapes = (num_tokens, num_sequences, num_sequences.bit_length())
+        _token_kernel[(num_rows,)](
+            *outputs, *inputs, given(weights), *optional, *scalars, *shapes, **flags, **launch
+        )
+    normalise = how.removeprefix("total ") if how.startswith("total") else "none"
+    _reduce_kernel[(1 if normalise == "none" else triton.cdiv(num_tokens, TOKEN_BLOCK),)](
+        loss,
+        metric_sums,
+        grads,
+        partials,
+        num_rows,
+        num_tokens,
+        **reduce_constexprs(normalise, grads.shape[0]),
+        **launch,
+    )
+    return loss, grads, metric_sums
+
+
+def weighting(o: LossOptions, given: bool, sequences: bool, denominator: bool) -> str:
+    """What a token's weight is before the denominator: the one "given", the "mask", its share of
+    the sequence ("mean"); or the mask, divided in the second launch by its sum over all tokens,
+    with a single sequence ("total mean") or where there is no denominator ("total tokens")."""
+    if given:
+        return "given"
+    if o.loss_type in SEQUENCE_MEAN_LOSSES:
+        return "mean" if sequences or o.needs_sequence_pass else "total mean"
+    by_tokens = not denominator and default_denominator(o, 1) is None
+    return "total tokens" if by_tokens else "mask"
+
+
+def kernel_scalars(o: LossOptions) -> tuple[float, ...]:
     ratio_high = o.epsilon_high if o.loss_type == "cispo" else 1 + o.epsilon_high
-    scalars = (
+    return (
         1 - o.epsilon, ratio_high, o.delta, o.beta, *o.is_clip, o.entropy_coef,
         o.sapo_temperature_pos, o.sapo_temperature_neg, o.vespo_k_pos, o.vespo_lambda_pos,
         o.vespo_k_neg, o.vespo_lambda_neg, VESPO_RATIO_MIN, LOG_RATIO_MAX,
     )  # fmt: skip
-    outputs = (grad, given(grad_entropy), partials)
-    flags = constexprs(
-        o, old is not None, ref is not None, sampler is not None, entropy is not None, by_sequence
-    )
-    if by_sequence:
-        _sequence_kernel[(num_rows,)](
-            *outputs,
-            *fields,
-            cu_seqlens.contiguous(),
-            *scalars,
-            **flags,
-            num_warps=NUM_WARPS,
-            **LAUNCH_OPTIONS,
-        )
-    else:
-        _token_kernel[(num_rows,)](
-            *outputs, *fields, *scalars, num_tokens, **flags, num_warps=NUM_WARPS, **LAUNCH_OPTIONS
-        )
-    return partials[:, 0].sum(), grad, grad_entropy, partials[:, 1:].sum(0)
 
 
 def constexprs(
     o: LossOptions,
-    has_old: bool,
-    has_ref: bool,
-    has_sampler: bool,
-    has_entropy: bool,
-    by_sequence: bool,
+    how: str,
+    *,
+    by_token: bool,
+    denominator: bool,
+    sequences: bool,
+    mask: bool,
+    old: bool,
+    ref: bool,
+    sampler: bool,
+    entropy: bool,
 ) -> dict[str, object]:
     """Compile-time arguments: which formula and which inputs. Everything numeric stays run-time."""
-    level, _, how = (o.is_correction or "none_none").partition("_")
+    level, _, correction = (o.is_correction or "none_none").partition("_")
+    by_sequence = o.needs_sequence_pass
     flags = {
         "LOSS": "clip" if o.loss_type in CLIPPED_LOSSES else o.loss_type,
-        "KL": o.kl_estimator if has_ref else "none",
-        "KL_RATIO": has_ref and o.kl_bias_correction,
-        "IS": how,
-        "HAS_OLD": has_old,
-        "HAS_REF": has_ref,
-        "HAS_SAMPLER": has_sampler,
-        "HAS_ENTROPY": has_entropy,
-        "PARTIALS": PARTIALS,
+        "KL": o.kl_estimator if ref else "none",
+        "KL_RATIO": ref and o.kl_bias_correction,
+        "IS": correction,
+        "WEIGHTS": "mask" if how.startswith("total") else how,
+        "ADVANTAGES": "token" if by_token else "sequence",
+        "HAS_DENOMINATOR": denominator,
+        "HAS_SEQUENCES": sequences,
+        "HAS_MASK": mask,
+        "HAS_OLD": old,
+        "HAS_REF": ref,
+        "HAS_SAMPLER": sampler,
+        "HAS_ENTROPY": entropy,
+        "ROW": PARTIAL_ROW,
         "BLOCK": SEQUENCE_BLOCK if by_sequence else TOKEN_BLOCK,
     }
     if by_sequence:
         flags["SEQUENCE_RATIO"] = o.importance_level == "sequence"
         flags["SEQUENCE_IS"] = level == "sequence"
     return flags
+
+
+def reduce_constexprs(normalise: str, grads: int) -> dict[str, object]:
+    return {
+        "NORMALISE": normalise,
+        "GRADS": grads,
+        "PARTIALS": PARTIALS,
+        "ROW": PARTIAL_ROW,
+        "ROWS": REDUCE_ROWS,
+        "BLOCK": TOKEN_BLOCK,
+    }

@@ -29,8 +29,8 @@ CPU_CHUNK_ELEMENTS = 1 << 19
 CPU_CHUNK_ROWS = (256, 4096)
 # On a CPU: rows of a half-precision weight that are widened to fp32 at a time.
 CPU_VOCAB_TILE = 4096
-# On a CPU: terms of G @ weight that the BLAS adds up by itself. Where the rows do not fill its tiles
-# it adds the last of them one after another: at V = 262,144 an error of 2e-5, so 4e-6.
+# On a CPU: terms of G @ weight that the BLAS adds up by itself. Where the rows do not fill its
+# tiles it adds the last of them one after another: at V = 262,144 an error of 2e-5, so 4e-6.
 CPU_SUM_TILE = 16_384
 # torch.addmm adds a half product to an fp32 matrix since 2.10 (pytorch pull request 167931); before
 # that d weight takes a product [V, D] of its own and a pass to add it.
@@ -182,11 +182,12 @@ class HeadGrads:
         *,
         row_scale: torch.Tensor | None = None,
         live: LiveRows | None = None,
+        places: torch.Tensor | None = None,
     ) -> None:
         """Add a chunk: ``dlogits`` [C, V] times ``unscale`` (0-d) and ``row_scale`` [C] fp32
         (None: 1), ``hidden`` [C, D]. With ``live`` the chunk's rows are those at ``index``, a
         slice, of its list; ``hidden`` is then [N, D], and ``dlogits`` past the count is not read
-        (but for the bias, which needs zeros there)."""
+        (but for the bias, which needs zeros there). ``places``: as in ``live_grad_hidden``."""
         if self.bias is not None:
             rows = dlogits
             if row_scale is not None:  # a row scaled by 0 may be one that nobody wrote
@@ -195,17 +196,18 @@ class HeadGrads:
             bias = rows.sum(0, dtype=torch.float32)
             self.bias.add_(bias if unscale is None else bias * unscale)
         if self.hidden is not None:
-            self._put_hidden(index, dlogits, weight, unscale, row_scale, live)
+            self._put_hidden(index, dlogits, weight, unscale, row_scale, live, places)
         if self.weight is not None:
-            self._add_weight(index, dlogits, hidden, unscale, row_scale, live)
+            self._add_weight(index, dlogits, hidden, unscale, row_scale, live, places)
 
-    def _put_hidden(self, index, dlogits, weight, unscale, row_scale, live) -> None:
+    def _put_hidden(self, index, dlogits, weight, unscale, row_scale, live, places) -> None:
         scale = row_scale
         if unscale is not None:
             scale = unscale.expand(len(dlogits)) if scale is None else scale * unscale
         if live is not None:
             scale = None if scale is None else scale.contiguous()
-            live_grad_hidden(self.hidden, dlogits, weight, live, index.start, scale)
+            where = {"places": places}
+            live_grad_hidden(self.hidden, dlogits, weight, live, index.start, scale, **where)
             return
         in_place = self.hidden.dtype == weight.dtype == dlogits.dtype == torch.float32
         if in_place and scale is None and isinstance(index, slice):
@@ -216,11 +218,12 @@ class HeadGrads:
             product.mul_(scale[:, None])
         self.hidden[index] = product.to(self.hidden.dtype)
 
-    def _add_weight(self, index, dlogits, hidden, unscale, row_scale, live) -> None:
+    def _add_weight(self, index, dlogits, hidden, unscale, row_scale, live, places) -> None:
         """``unscale`` costs a product [V, D] of its own and a pass to add it."""
         total = self.weight if unscale is None else torch.zeros_like(self.weight)
         if live is not None:
-            live_add_grad_weight(total, dlogits, hidden, live, index.start, row_scale)
+            where = {"places": places}
+            live_add_grad_weight(total, dlogits, hidden, live, index.start, row_scale, **where)
         else:
             if row_scale is not None:
                 hidden = (hidden.float() * row_scale[:, None]).to(dlogits.dtype)

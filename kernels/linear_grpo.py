@@ -16,20 +16,32 @@ Two ways from logits to G, both exact:
 
 * With a prior, the old log-probabilities or else the sampler's, and no entropy bonus: the logits
   are read once, before g is known, and become E with G = r E, r one number a row (exp_rows.py).
-  14 bytes a logit on CUDA at half inputs, besides the GEMMs' own reads of X and W.
+  14 bytes a logit on CUDA at half inputs, besides the GEMMs' own reads of X and W and the sum of
+  d weight.
 * Without one, with an entropy bonus (its gradient is no multiple of E), a bias that requires grad,
   ``batch_invariant`` or ``tp_group``: fold_rows, the loss, dlogits_rows. 18 bytes a logit (fp32
   written by the GEMM, read by the fold, read again for G; G written in half and read by two GEMMs).
   Also where nothing requires grad: 8, the fold alone.
 
+The largest item with a trainable head on CUDA is neither of these: each chunk of C rows reads and
+writes d weight in fp32, 8 D V bytes or 8 D / C a logit. At D = 4096, V = 151,936 in bf16 a chunk
+has 1,280 rows (head_chunks.py): 25.6 bytes a logit, 64.7 GB over the 13 chunks of N = 16,384, which
+at 4.3 TB/s take 15 ms, as against 8 ms for the 14 bytes; how much of it hides behind the products
+is not yet measured. Twice the rows would halve it, and take twice the workspace.
+
 A sequence-level ratio (GSPO, VESPO) or sampler correction makes g_t depend on the whole sequence,
 which a chunk of rows may cut. Those options, and ``kept`` sets, run in two phases: linear_logprobs,
 then grpo_loss, then the backward of linear_logprobs, which computes the logits a second time
-(8 N D V FLOP).
+(8 N D V FLOP; with a frozen head 4, or 8 with an entropy bonus).
 
 Saved for backward: d hidden, d weight and d bias in fp32, nothing of size N by V. They are rounded
 once, after the incoming scalar (a loss scaler's would come too late for a flushed fp16 value).
 Where nothing requires grad none are made.
+
+Memory beside inputs and results, at the sizes above: 2.76 GB of fp32 gradients (d weight 2.49) from
+the first chunk until backward is done; 1.17 GB of workspace in the forward pass, none in backward,
+which rounds each gradient into its own tensor. The largest sum, 4.14 GB, is reached there: 2.76 GB
+beside the bf16 gradients that stay. A frozen head has no d weight: 1.44 GB, in the forward pass.
 """
 
 from __future__ import annotations
@@ -42,6 +54,7 @@ from grpo_engine.kernels.grpo_loss import (
     NUM_METRICS,
     LossMetrics,
     LossOptions,
+    check_advantages,
     check_loss_inputs,
     grpo_loss,
     grpo_loss_ref,
@@ -60,7 +73,11 @@ from grpo_engine.kernels.linear_logprobs import (
     linear_logprobs_ref,
 )
 from grpo_engine.kernels.logprobs import split_temperature
-from grpo_engine.kernels.loss_options import HEAD_METRICS, check_denominator
+from grpo_engine.kernels.loss_options import (
+    HEAD_METRICS,
+    check_denominator,
+    refuse_unknown_options,
+)
 from grpo_engine.kernels.vocab_parallel import (
     agree_on_loss,
     grad_facts,
@@ -68,6 +85,8 @@ from grpo_engine.kernels.vocab_parallel import (
     together,
 )
 from grpo_engine.kernels.vocab_rows import LogitOptions, RowStats
+
+SPARSE_MAX_ENTRIES = 64  # the default
 
 
 def linear_grpo_loss_ref(
@@ -88,7 +107,7 @@ def linear_grpo_loss_ref(
     batch_invariant: bool = False,
     tp_group: object | None = None,
     sparse_delta: float | None = None,
-    sparse_max_entries: int = 64,
+    sparse_max_entries: int = SPARSE_MAX_ENTRIES,
     loss_mask: torch.Tensor | None = None,
     **loss_arguments,
 ) -> tuple[torch.Tensor, LossMetrics, torch.Tensor]:
@@ -160,6 +179,8 @@ def _linear_grpo(
     """Loss, logprobs, metric sums, and the gradients of hidden, weight and bias for a loss gradient
     of 1; a gradient without elements where ``needs`` is False."""
     row_mask = None if mask is None else mask != 0
+    if compact and mask is None:
+        row_mask = torch.ones(len(token_ids), dtype=torch.bool, device=hidden.device)
     fields = {
         "old_logprobs": old_logprobs,
         "advantages": advantages,
@@ -279,7 +300,7 @@ def linear_grpo_loss(
     batch_invariant: bool = False,
     tp_group: object | None = None,
     sparse_delta: float | None = None,
-    sparse_max_entries: int = 64,
+    sparse_max_entries: int = SPARSE_MAX_ENTRIES,
     cu_seqlens: torch.Tensor | None = None,
     loss_mask: torch.Tensor | None = None,
     ref_logprobs: torch.Tensor | None = None,
@@ -302,9 +323,12 @@ def linear_grpo_loss(
             sampler are; ``old_logprobs`` and ``ref_logprobs`` must be, too. Two phases for every
             loss: kept ids cost no GEMM in either, a mask four (8 N D V FLOP). Not with
             compact_rows=True or batch_invariant.
-        compact_rows: on CUDA, spend no GEMM work on the rows that the masks leave out, without a
-            host sync. None: where ``row_mask`` is given; True: also for those of ``loss_mask``;
-            False: never (cuBLAS on all rows). A CPU always leaves them out.
+        compact_rows: on CUDA, spend no GEMM work on the rows that the masks leave out, and of the
+            others only the first GEMM on those without a gradient (advantage and beta 0, or
+            clipped; not with entropy_coef), without a host sync. None: where ``row_mask`` is given;
+            True: also without it: for a batch in which many advantages are 0. False: never.
+            Compacted, the GEMMs are live_gemm.py's, else cuBLAS's, the faster ones where most rows
+            count (by how much is not yet timed). A CPU always leaves out what it can.
         batch_invariant: logprobs as ``linear_logprobs(batch_invariant=True)`` gives them, bit for
             bit, so that the ratio to log-probabilities it made is exactly 1 in any packing. Without
             it a log-probability that agrees with ``old_logprobs`` to within fp32 rounding is
@@ -330,6 +354,7 @@ def linear_grpo_loss(
             message names it.
         TypeError: an option that does not exist.
     """
+    refuse_unknown_options("linear_grpo_loss", loss_options)
     options = make_loss_options(**loss_options)
     check_head(hidden, weight, token_ids, bias, logit_softcap, logit_scale, row_mask, tp_group)
     check_flag("compact_rows", compact_rows, or_none=True)
@@ -344,14 +369,18 @@ def linear_grpo_loss(
     if sparse_delta is not None:
         check_sparse_options(sparse_delta, sparse_max_entries)
         _check_sparse_allowed(sparse_delta, options, bias, kept, tp_group)
+    elif sparse_max_entries != SPARSE_MAX_ENTRIES:
+        raise ValueError(
+            f"sparse_max_entries={sparse_max_entries!r} has no meaning without sparse_delta"
+        )
     mask = combined_mask(loss_mask, row_mask)
     compact = row_mask is not None if compact_rows is None else compact_rows
     want_entropy = return_entropy or options.entropy_coef != 0
-    per_token = per_token_advantages(advantages, num_tokens, device, cu_seqlens)
+    check_advantages(advantages, num_tokens, device, cu_seqlens)
+    check_denominator(options, denominator)
     grad_mode = torch.is_grad_enabled()
     needs = [grad_mode and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     if options.needs_sequence_pass or kept is not None:
-        check_denominator(options, denominator)
         facts = {
             **fields,
             "advantages": advantages,
@@ -391,7 +420,7 @@ def linear_grpo_loss(
         per_row,
         None if mask is None else mask.contiguous(),
         old_logprobs,
-        per_token,
+        per_token_advantages(advantages, num_tokens, cu_seqlens),
         token_weights(num_tokens, cu_seqlens, mask, options, denominator, device),
         ref_logprobs,
         sampler_logprobs,
@@ -399,7 +428,7 @@ def linear_grpo_loss(
         None if logit_softcap is None else float(logit_softcap),
         1.0 if logit_scale is None else float(logit_scale),
         want_entropy,
-        compact and mask is not None and use_triton(hidden),
+        compact and use_triton(hidden),
         batch_invariant,
         *options.op_arguments(),
         needs,
@@ -428,7 +457,9 @@ def _check_sparse_allowed(
     bias_grad = bias is not None and bias.requires_grad and torch.is_grad_enabled()
     for refused, what in (
         (options.entropy_coef != 0, f"entropy_coef={options.entropy_coef!r}"),
-        (options.needs_sequence_pass, "a sequence-level importance_level or is_correction"),
+        (options.loss_type == "vespo", "loss_type='vespo'"),
+        (options.importance_level == "sequence", "importance_level='sequence' or loss_type='gspo'"),
+        (options.needs_sequence_pass, f"is_correction={options.is_correction!r}"),
         (bias_grad, "a bias that requires grad"),
         (kept is not None, "kept"),
         (tp_group is not None, "tp_group"),

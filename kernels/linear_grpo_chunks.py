@@ -60,12 +60,12 @@ class TokenLoss:
                 self.sampler,
             )
         )
-        loss, grad, grad_entropy, sums = loss_and_grad(
+        loss, grads, sums = loss_and_grad(
             logprobs, old, adv, w, None, m, ref, sampler, entropy, self.options
         )
         self.loss.add_(loss)
         self.metric_sums.add_(sums)
-        return RowGrads(grad, grad_entropy if self.options.entropy_coef else None)
+        return RowGrads(grads[0], grads[1] if self.options.entropy_coef else None)
 
 
 def read_chunk(

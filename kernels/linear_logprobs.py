@@ -9,10 +9,9 @@ Rows go through in chunks: GEMM to fp32 logits, one pass over them (vocab_rows.p
 five numbers a row. Products of 2 N D V FLOP in all, f the share of rows with a gradient:
 
     general                                  1 forward, 3 f backward: the logits are made again
-    frozen head (only ``hidden`` has a       2 forward, 0 backward
-      gradient), logprobs alone asked
+    frozen head (only ``hidden`` has a       2 forward, 0 backward; entropy and lse come along, and
+      gradient)                                2 f backward if a gradient for one of them arrives
     ``keep_probs``                           1 forward, 2 f backward, N V numbers kept
-    frozen head, entropy or lse asked        1 forward, 2 f backward: the logits are made again
 
 The second and third are in linear_logprobs_unit.py. linear_grpo.py needs three in all, too: it
 makes its gradient in the forward pass.
@@ -25,12 +24,15 @@ a CPU half inputs are multiplied in fp32, a tile of the vocabulary at a time. On
 obey ``torch.backends.cuda.matmul``: TF32 applies where the user allows it.
 
 Bytes on CUDA at half inputs, besides the GEMMs' own reads of X and W: forward 8 a logit (fp32
-written and read), backward 14 (the same again, then G written in half and read by two GEMMs).
+written and read), backward 14 (the same again, then G written in half and read by two GEMMs) and,
+for d weight, which every chunk of C rows reads and writes in fp32, 8 D / C (25.6 at D = 4096 and
+C = 1,280, more than all the rest: linear_grpo.py).
 Workspace: one chunk of fp32 logits and one of G (head_chunks.py). d weight in fp32: 4 D V.
 
 Rows with ``row_mask`` False give logprob, entropy and lse 0 and take no gradient; their token ids
 are not looked at, and what their hidden states hold cannot matter. Those rows, and in backward the
-rows whose incoming gradients are zero, are left out of the GEMMs (``compact_rows``, head_pass.py).
+rows whose incoming gradients are zero, can be left out of the GEMMs (``compact_rows``: by default
+where there is a ``row_mask``; head_pass.py).
 On CUDA only the device knows how many stay: the GEMMs are live_gemm.py's, without a host sync.
 """
 
@@ -303,9 +305,10 @@ def linear_logprobs(
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Log-probability of each row's token under the head ``weight``, without [N, V] in memory.
 
-    Where ``hidden`` alone requires grad (a frozen head, LoRA) and only logprobs are asked, the
-    forward pass makes the gradient's direction too and keeps it, 4 N D bytes: two GEMMs in all. It
-    is made for every row of ``row_mask``, also those whose gradient turns out to be 0.
+    Where ``hidden`` alone requires grad (a frozen head, LoRA), the forward pass makes the direction
+    of its gradient too and keeps it, 4 N D bytes: two GEMMs in all, entropy and lse included unless
+    a gradient arrives for them (then four). It is made for every row of ``row_mask``, also those
+    whose gradient turns out to be 0.
 
     Args:
         hidden: [N, D] fp32, bf16 or fp16.
@@ -324,7 +327,10 @@ def linear_logprobs(
             compact_rows=True, keep_probs or batch_invariant.
         compact_rows: on CUDA, spend no GEMM work on rows outside ``row_mask``, nor in backward on
             rows whose incoming gradients are 0, without a host sync. None: where ``row_mask`` is
-            given; True: always; False: never (cuBLAS on all rows). A CPU always leaves them out.
+            given; without one backward multiplies every row, also those with a gradient of 0. True:
+            always: for a batch in which many advantages are 0. False: never. Compacted, the GEMMs
+            are live_gemm.py's, else cuBLAS's, the faster ones where most rows count (by how much is
+            not yet timed). A CPU always leaves such rows out.
         keep_probs: keep the gradient of the logits, [N, V] in ``hidden``'s dtype (on a CPU fp32),
             for the backward pass, which then has two GEMMs instead of three. Not with
             return_entropy or return_lse where a gradient is needed.
@@ -386,8 +392,8 @@ def linear_logprobs(
                 "pass return_entropy=False and return_lse=False, or keep_probs=False"
             )
         return kept_logprobs(*arguments, group)
-    elif needs == [True, False, False] and not extras:
-        return frozen_logprobs(*arguments, group)
+    elif needs == [True, False, False]:
+        results = frozen_logprobs(*arguments, return_entropy, return_lse, group)
     else:
         results = _linear_logprobs(*arguments, return_entropy, group, needs)
     logprobs, entropy, lse = results[:3]

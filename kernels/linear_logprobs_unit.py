@@ -8,7 +8,9 @@ Maths. Row n of dL/d raw is g_n A_n with g = dL/d logprobs [N] and A = d logprob
     keep_probs    forward: A [N, V], kept
                   backward: d hidden = g (A @ weight), d weight = A.T @ (g X)
 
-Two GEMMs of 2 N D V FLOP, and three. The entropy's and lse's gradients are no multiples of A.
+Two GEMMs of 2 N D V FLOP, and three. The gradients of entropy and lse are no multiples of A: with
+a frozen head both come out of the same forward pass, no GEMM more as metrics; should a gradient
+arrive for one, backward makes d hidden from recomputed logits, two GEMMs more.
 
 Precision. U is kept in fp32. Where the logits are recomputed, g A is rounded to half, multiplied,
 and rounded to half again; here A is rounded instead of g A, and g U once at the end: as many
@@ -34,6 +36,7 @@ import torch
 from grpo_engine.kernels.common import custom_op, first_derivatives_only, use_triton
 from grpo_engine.kernels.head_chunks import HeadGrads, Workspace, chunk_rows, power_above
 from grpo_engine.kernels.head_pass import HeadPass
+from grpo_engine.kernels.logprobs import row_grads
 from grpo_engine.kernels.vocab_parallel import shards_for_backward
 from grpo_engine.kernels.vocab_rows import LogitOptions, RowGrads, RowStats, dlogits_rows
 
@@ -55,13 +58,18 @@ def unit_grads(logprobs: torch.Tensor, options: LogitOptions, dtype: torch.dtype
 
 
 def unit_chunks(
-    head: HeadPass, work: Workspace, stats: RowStats, kept: torch.Tensor | None = None
+    head: HeadPass,
+    work: Workspace,
+    stats: RowStats,
+    kept: torch.Tensor | None = None,
+    *,
+    want_entropy: bool = False,
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """A forward pass over the chunks of ``head``: of each (chunk, unit [C], unit times A [C, V]);
     ``stats`` are filled in. On the Triton path the latter is written to ``kept`` [P, V], where it
     is given, else to the workspace."""
     for chunk in head.chunks(work.rows):
-        made, options = head.fold(chunk, work, want_entropy=False), head.options.rows(chunk)
+        made, options = head.fold(chunk, work, want_entropy), head.options.rows(chunk)
         stats.put(chunk, made)
         rows = chunk.stop - chunk.start
         in_place = kept is not None and use_triton(kept)
@@ -96,9 +104,11 @@ def _frozen(
     logit_scale: float,
     compact: bool,
     batch_invariant: bool,
+    want_entropy: bool,
+    want_lse: bool,
     tp_group: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """logprobs [N] and U [N, D] fp32."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The five fields of RowStats and U [N, D] fp32. ``want_lse`` is for the backward alone."""
     head = HeadPass.forward(
         hidden,
         weight,
@@ -109,53 +119,63 @@ def _frozen(
         batch_invariant=batch_invariant,
         tp_group=tp_group,
         pass_name="linear_logprobs with a frozen head",
+        return_entropy=want_entropy,
     )
-    stats = RowStats.empty(hidden, head.places, want_entropy=False)
+    stats = RowStats.empty(hidden, head.places, want_entropy)
     every_row = use_triton(hidden) and head.live is None
     into = HeadGrads.make(hidden, weight, (True, False, False), torch.float32, every_row=every_row)
     work = head.workspace(for_gradient=True)
-    for chunk, unit, dlogits in unit_chunks(head, work, stats):
+    for chunk, unit, dlogits in unit_chunks(head, work, stats, want_entropy=want_entropy):
         # 1 / 0 where the logprob is NaN: 0 * inf in that row of U
         scale = 1.0 / unit if use_triton(hidden) else None
         into.add(
             head.rows_of(chunk), dlogits, hidden, weight, None, row_scale=scale, live=head.live
         )
     head.finish(into)
-    return head.put_back(stats, want_entropy=False).logprobs, into.hidden
+    return *head.put_back(stats, want_entropy), into.hidden
 
 
 @_frozen.register_fake
 def _(hidden, *rest, tp_group=None):
-    return (
-        hidden.new_empty(hidden.shape[0], dtype=torch.float32),
-        hidden.new_empty(hidden.shape, dtype=torch.float32),
-    )
+    stats = RowStats.empty(hidden, hidden.shape[0], want_entropy=rest[10])
+    return *stats, hidden.new_empty(hidden.shape, dtype=torch.float32)
 
 
 def _frozen_setup(ctx, inputs, output) -> None:
+    *tensors, temperature, logit_softcap, logit_scale, compact, _, entropy, lse, group = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
-    ctx.dtype = inputs[0].dtype
+    ctx.mark_non_differentiable(*output[3:])
+    # what the gradient of the others needs: hidden would otherwise be free after the forward pass
+    ctx.save_for_backward(output[5], *((*tensors, *output[:5]) if entropy or lse else ()))
+    ctx.scalars = (temperature, logit_softcap, logit_scale, compact)
+    ctx.tp_group, ctx.dtype = group, tensors[0].dtype
 
 
 @first_derivatives_only
-def _frozen_backward(ctx, grad_logprobs, _):
+def _frozen_backward(ctx, grad_logprobs, grad_entropy, grad_lse, *_):
+    unit_hidden, *saved = ctx.saved_tensors
+    if saved and not (grad_entropy is None and grad_lse is None):
+        tensors, stats = saved[:6], saved[6:]
+        grads = row_grads((grad_logprobs, grad_entropy, grad_lse), stats[0])
+        grad_hidden, _, _ = torch.ops.grpo_engine.linear_logprobs_backward(
+            *grads, *tensors, stats, *ctx.scalars, [True, False, False], ctx.tp_group
+        )
+        return (grad_hidden, *[None] * 13)
     if grad_logprobs is None:
-        return (None,) * 12
-    (unit_hidden,) = ctx.saved_tensors
+        return (None,) * 14
     rows = grad_logprobs[:, None]
     grad_hidden = torch.empty_like(unit_hidden, dtype=ctx.dtype)
     torch.mul(unit_hidden, rows, out=grad_hidden)
-    return (grad_hidden.masked_fill_(rows == 0, 0.0), *[None] * 11)
+    return (grad_hidden.masked_fill_(rows == 0, 0.0), *[None] * 13)
 
 
 _frozen.register_autograd(_frozen_backward, setup_context=_frozen_setup)
 
 
-def frozen_logprobs(*arguments) -> torch.Tensor:
-    """logprobs [N] where only ``hidden`` has a gradient; the arguments of the operator."""
-    return _frozen(*arguments)[0]
+def frozen_logprobs(*arguments) -> tuple[torch.Tensor, ...]:
+    """logprobs, entropy and lse [N] where only ``hidden`` has a gradient; the arguments of the
+    operator."""
+    return _frozen(*arguments)[:3]
 
 
 # ---- Kept probabilities --------------------------------------------------------------------------

@@ -80,8 +80,9 @@ def token_logprobs_ref(
 def check_row_values(
     token_ids: torch.Tensor, row_temperature: torch.Tensor | None, vocab: int
 ) -> None:
-    """ValueError for a token id outside [0, V) or a temperature <= 0. CPU only: on CUDA reading
-    them would be a host sync, and such a row gives NaN."""
+    """ValueError for a token id outside [0, V) or a temperature that is not > 0 and finite. CPU
+    only: on CUDA reading them would be a host sync; such a row gives NaN there, but with an
+    infinite temperature the uniform distribution."""
     if token_ids.is_cuda or token_ids.numel() == 0:
         return
     low, high = (int(value) for value in token_ids.aminmax())
@@ -91,11 +92,12 @@ def check_row_values(
 
 
 def check_row_temperature(row_temperature: torch.Tensor | None) -> None:
-    """ValueError for a temperature <= 0 or NaN. CPU only."""
+    """ValueError for a temperature <= 0, NaN or infinite. CPU only."""
     if row_temperature is None or row_temperature.is_cuda:
         return
-    if not bool((row_temperature > 0).all()):
-        raise ValueError(f"temperature must be > 0, got {row_temperature.min().item()}")
+    wrong = row_temperature[~((row_temperature > 0) & (row_temperature < float("inf")))]
+    if len(wrong):
+        raise ValueError(f"temperature must be > 0 and finite, got {wrong[0].item()}")
 
 
 @custom_op("grpo_engine::token_logprobs")

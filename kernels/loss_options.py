@@ -15,6 +15,7 @@ from torch import Tensor
 from grpo_engine.kernels.common import INT_DTYPES, check_no_gradient, check_vector
 
 CLIPPED_LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo")  # one formula, five normalisations
+SEQUENCE_MEAN_LOSSES = ("grpo", "sapo")  # a sum over sequences of the mean over their tokens
 LOSS_TYPES = (*CLIPPED_LOSSES, "cispo", "sapo", "vespo", "gspo")
 IMPORTANCE_LEVELS = ("token", "sequence")
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -112,6 +113,16 @@ class LossOptions:
             vespo_k_neg=k_neg,
             vespo_lambda_neg=lambda_neg,
         )
+
+
+LOSS_OPTIONS = frozenset(LossOptions.__dataclass_fields__)  # the arguments of make_loss_options
+
+
+def refuse_unknown_options(function: str, values: dict[str, object]) -> None:
+    """TypeError as Python has it for an argument that `function` does not take."""
+    for name in values:
+        if name not in LOSS_OPTIONS:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
 
 
 def make_loss_options(
@@ -282,6 +293,15 @@ def check_denominator(options: LossOptions, denominator: float | Tensor | None) 
         check_no_gradient(denominator=denominator)
     elif not (_is_number(denominator) and 0 < denominator < math.inf):
         raise ValueError(f"denominator must be > 0 and finite, got {denominator!r}")
+
+
+def default_denominator(options: LossOptions, num_sequences: int) -> float | None:
+    """What divides the loss of a call without `denominator`; None: its masked-in tokens."""
+    if options.loss_type == "dr_grpo":
+        return float(num_sequences * (options.max_completion_length or 1))
+    if options.loss_type in (*SEQUENCE_MEAN_LOSSES, "luspo"):
+        return float(num_sequences)
+    return None
 
 
 def check_needed_fields(options: LossOptions, fields: dict[str, Tensor | None]) -> None:

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import torch
 
-from grpo_engine.kernels.common import INT_DTYPES, custom_op, first_derivatives_only
+from grpo_engine.kernels.common import INT_DTYPES, custom_op, first_derivatives_only, use_triton
 from grpo_engine.kernels.head_pass import check_live_rows
 from grpo_engine.kernels.logprobs import row_grads
 from grpo_engine.kernels.truncated_ids import ids_backward, ids_forward
@@ -41,6 +41,10 @@ from grpo_engine.kernels.truncated_mask import mask_backward, mask_forward
 from grpo_engine.kernels.vocab_rows import LogitOptions, RowGrads, RowStats
 
 KEPT = "ids [N, K] int32 or int64, mask [N, V] bool, or bits [N, ceil(V / 8)] uint8"
+
+# On the Triton path lists of kept ids are filled up to a multiple of this: one kernel for each
+# power of two of K, and not two.
+KEPT_MULTIPLE = 16
 
 
 def check_kept(kept: torch.Tensor, num_rows: int, vocab: int, device: torch.device) -> None:
@@ -79,6 +83,8 @@ def truncated_logprobs(
     check_kept(kept, hidden.shape[0], weight.shape[0], hidden.device)
     if kept.dtype == torch.int64:  # an id beyond int32 stays out of the vocabulary
         kept = kept.clamp(-1, weight.shape[0]).to(torch.int32)
+    if kept.dtype == torch.int32 and use_triton(hidden):  # kernels are compiled by what divides K
+        kept = torch.nn.functional.pad(kept, (0, -kept.shape[1] % KEPT_MULTIPLE), value=-1)
     bias, token_ids, *rest = arguments
     results = _truncated_logprobs(hidden, weight, bias, token_ids, kept.contiguous(), *rest)
     return results[:3]

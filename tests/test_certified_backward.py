@@ -217,7 +217,16 @@ def test_micro_batches_add_up() -> None:
         ({"sparse_max_entries": 0}, r"sparse_max_entries must be an int in \[1, 128\], got 0"),
         ({"sparse_max_entries": 129}, "sparse_max_entries must be .* got 129"),
         ({"entropy_coef": 0.1}, "sparse_delta=0.01 does not go with entropy_coef=0.1"),
-        ({"loss_type": "gspo"}, "does not go with a sequence-level importance_level"),
+        ({"loss_type": "gspo"}, "does not go with importance_level='sequence' or loss_type='gspo'"),
+        ({"loss_type": "vespo"}, "sparse_delta=0.01 does not go with loss_type='vespo'"),
+        (
+            {"is_correction": "sequence_mask", "sampler_logprobs": torch.zeros(12)},
+            "does not go with is_correction='sequence_mask'",
+        ),
+        (
+            {"sparse_delta": None, "sparse_max_entries": 8},
+            "sparse_max_entries=8 has no meaning without sparse_delta",
+        ),
         ({"bias": torch.zeros(31, requires_grad=True)}, "does not go with a bias that requires"),
         ({"kept": torch.zeros(12, 2, dtype=torch.int32)}, "does not go with kept"),
     ],

@@ -194,3 +194,17 @@ def test_the_ratio_is_one_on_the_policy_that_made_the_prior(device) -> None:
     ones = torch.ones(64, device=device)
     logprobs = linear_grpo_loss(hidden, weight, token_ids, old, ones, **options)[2]
     assert torch.equal(logprobs, old)
+
+
+def test_many_equal_candidates_are_beyond_it(device) -> None:
+    """What the docstring admits: 200 equal rows of the head, none of which is large alone."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4000, 576, generator=generator) / 24
+    weight[100:300] = weight[100].clone()
+    hidden = torch.randn(16, 576, generator=generator)
+    direction = weight[100] / weight[100].square().sum()
+    hidden = hidden + (60 - hidden @ weight[100])[:, None] * direction
+    token_ids = torch.randint(100, 300, (16,), generator=generator)
+    arguments = (hidden.to(device), weight.to(device), token_ids.to(device))
+    true, _, _ = truth(*arguments)
+    assert (linear_logprobs(*arguments).double() - true).abs().max() <= 5e-5

@@ -23,7 +23,6 @@ from grpo_engine.kernels.grpo_loss import (
     grpo_loss_ref,
     loss_and_grad,
     make_loss_options,
-    token_weights,
 )
 
 
@@ -192,17 +191,23 @@ def test_a_live_nan_is_not_hidden(name: str, path_device):
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("name", ["grpo", "sequence-dapo", "vespo"])
-def test_tokens_outside_every_sequence_are_loud_on_a_gpu(name: str):
-    """The values of cu_seqlens are not read on the host there; a token left over gives NaN."""
+@pytest.mark.parametrize("per_sequence", [False, True])
+@pytest.mark.parametrize("name", ["grpo", "sequence-dapo", "vespo", "dapo"])
+def test_tokens_outside_every_sequence_are_loud_on_a_gpu(
+    name: str, per_sequence: bool, monkeypatch
+):
+    """The values of cu_seqlens are not read on the host there; a token left over gives NaN, unless
+    nothing is looked up for it."""
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)  # no NaN by itself
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     b = {key: tensor.detach() for key, tensor in make_batch(device, lengths=(4, 4)).items()}
     short = torch.tensor([0, 3, 7], dtype=torch.int32, device=device)
     options = make_loss_options(**OPTIONS[name])
-    w = token_weights(8, short, None, options, None, device)
-    fields = (b["logprobs"], b["old_logprobs"], b["advantages"], w)
-    _, grad, _, _ = loss_and_grad(*fields, short, None, None, None, None, options)
-    assert torch.isnan(grad[7]) and torch.isfinite(grad[:7]).all()
+    advantages = torch.tensor([1.0, -1.0], device=device) if per_sequence else b["advantages"]
+    fields = (b["logprobs"], b["old_logprobs"], advantages, None, short)
+    _, (grad,), _ = loss_and_grad(*fields, None, None, None, None, options)
+    by_sequence = name != "dapo" or per_sequence
+    assert torch.isnan(grad[7]) == by_sequence and torch.isfinite(grad[:7]).all()
 
 
 def test_an_unscored_token_keeps_weight_one(path_device):
@@ -327,3 +332,9 @@ def test_bad_input_names_the_argument_and_value(wrong: dict, message: str):
 def test_the_reference_does_not_drop_a_term_either(wrong: dict):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         grpo_loss_ref(torch.zeros(2), None, torch.ones(2), **wrong)
+
+
+@pytest.mark.parametrize("op", [grpo_loss, grpo_loss_ref])
+def test_an_unknown_option_is_the_called_functions(op):
+    with pytest.raises(TypeError, match=rf"^{op.__name__}\(\) got an unexpected .* 'cliprange'$"):
+        op(torch.zeros(2), None, torch.ones(2), cliprange=0.2)

@@ -62,11 +62,10 @@ def _logprobs_alone(x, **options):
     return (linear_logprobs(*leaves, x["token_ids"], **options),), leaves
 
 
-def _frozen_head(x):
-    options = {"row_mask": x["loss_mask"]}
-    return (linear_logprobs(x["hidden"], x["weight"].detach(), x["token_ids"], **options),), (
-        x["hidden"],
-    )
+def _frozen_head(x, **options):
+    head = (x["hidden"], x["weight"].detach(), x["token_ids"])
+    outputs = linear_logprobs(*head, row_mask=x["loss_mask"], **options)
+    return outputs if options else (outputs,), (x["hidden"],)
 
 
 def _loss_fields(x):
@@ -99,6 +98,8 @@ OPS: dict[str, Callable] = {
     "linear_logprobs-invariant": lambda x: _logprobs_alone(x, batch_invariant=True),
     **{f"grpo_loss-{t}": lambda x, t=t: _grpo_loss(x, loss_type=t) for t in ("grpo", "dapo")},
     "grpo_loss-gspo": lambda x: _grpo_loss(x, loss_type="gspo"),
+    "grpo_loss-entropy": lambda x: _grpo_loss(x, entropy=x["old_logprobs"].abs(), entropy_coef=0.1),
+    "linear_logprobs-frozen, entropy": lambda x: _frozen_head(x, return_entropy=True),
     "linear_grpo_loss": _linear_grpo_loss,
     "linear_grpo_loss-gspo": lambda x: _linear_grpo_loss(x, loss_type="gspo"),
     "linear_grpo_loss-live rows": lambda x: _linear_grpo_loss(x, compact_rows=True),
@@ -110,7 +111,7 @@ OPS: dict[str, Callable] = {
     "linear_logprobs-kept mask": lambda x: _logprobs_alone(x, kept=_kept_mask(x)),
 }
 # Two leaves, and chunks of rows.
-CHUNKED = [op for op in OPS if op.startswith("linear_") and not op.endswith(("frozen", "kept ids"))]
+CHUNKED = [op for op in OPS if op.startswith("linear_") and "frozen" not in op and "ids" not in op]
 
 
 ROW_FIELDS = ("token_ids", "old_logprobs", "ref_logprobs", "advantages", "loss_mask")
@@ -152,7 +153,7 @@ def test_no_host_sync(op: str, dtype: torch.dtype) -> None:
     without_syncs(lambda: outputs_and_gradients(op, x))
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op.startswith("linear_") and "gspo" not in op])
+@pytest.mark.parametrize("op", OPS)
 def test_no_recompilation_as_the_number_of_rows_changes(op: str, monkeypatch) -> None:
     runtime = pytest.importorskip("triton").knobs.runtime
     x = make_inputs()
@@ -163,9 +164,24 @@ def test_no_recompilation_as_the_number_of_rows_changes(op: str, monkeypatch) ->
     for rows in (1, 16, 33, 128, 257):
         part = {name: x[name][:rows].clone() for name in ROW_FIELDS if x[name] is not None}
         part["cu_seqlens"] = torch.tensor([0, rows // 2, rows], device="cuda")
-        part["hidden"] = x["hidden"].detach()[:rows].clone().requires_grad_()
+        for name in ("hidden", "logits", "logprobs"):
+            part[name] = x[name].detach()[:rows].clone().requires_grad_()
         outputs_and_gradients(op, x | part)
     assert len(compiled) == before
+
+
+def test_no_recompilation_as_the_number_of_kept_ids_changes(monkeypatch) -> None:
+    """Within one power of two."""
+    runtime = pytest.importorskip("triton").knobs.runtime
+    x, compiled = make_inputs(), []
+    monkeypatch.setattr(runtime, "jit_post_compile_hook", lambda **call: compiled.append(call))
+    counts = []
+    for width in (32, 17, 19, 25, 31):
+        kept = (x["token_ids"][:, None] + torch.arange(width, device="cuda")) % V
+        inputs = (x["hidden"], x["weight"], x["token_ids"])
+        linear_logprobs(*inputs, kept=kept.int()).sum().backward()
+        counts.append(len(compiled))
+    assert len(set(counts)) == 1
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])

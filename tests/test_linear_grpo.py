@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -287,7 +288,16 @@ def test_no_gradient_buffers_without_grad() -> None:
             ValueError,
             "tp_group must be a torch.distributed.ProcessGroup or None, got object",
         ),
-        ({"cliprange": 0.2}, TypeError, "cliprange"),
+        (
+            {"temperature": torch.tensor([1.0] * 11 + [math.inf])},
+            ValueError,
+            "temperature .*got inf",
+        ),
+        (
+            {"cliprange": 0.2},
+            TypeError,
+            r"^linear_grpo_loss\(\) got an unexpected keyword argument 'cliprange'$",
+        ),
     ],
 )
 def test_bad_input(changes, error, message) -> None:

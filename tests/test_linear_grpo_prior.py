@@ -23,6 +23,7 @@ from grpo_engine.kernels.testing import assert_accurate
 
 CHUNKS = importlib.import_module("grpo_engine.kernels.linear_grpo_chunks")
 HEAD = importlib.import_module("grpo_engine.kernels.head_chunks")
+PASS = importlib.import_module("grpo_engine.kernels.head_pass")
 ONE_READ = [name for name in TOKEN_LEVEL if name != "entropy"]
 # Nats that an old log-probability is off by, row after row.
 OFF = (0.0, 0.05, 1.0, -5.0, 100.0, -100.0, -math.inf)
@@ -223,6 +224,47 @@ def test_compact_rows_triton(variant, dtype, device) -> None:
     torch.testing.assert_close(ours[0], whole[0], rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(ours[1], whole[1], rtol=0, atol=4e-6)
     assert ours[2] == pytest.approx(whole[2], rel=1e-5, abs=1e-6)
+    limit = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for mine, other in zip(ours[3], whole[3], strict=True):
+        assert (mine - other).float().norm() <= limit * other.float().norm()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+def test_rows_without_a_gradient_take_part_in_the_first_gemm_alone(
+    dtype, masked, device, monkeypatch
+) -> None:
+    positional, fields = make_batch(23, 57, 16, device, dtype)
+    positional[4][::3] = 0.0
+    mask = fields["loss_mask"]
+    if not masked:
+        mask = torch.ones_like(fields.pop("loss_mask"))
+    options = {"epsilon": 10.0}  # nothing is clipped
+    whole = run(linear_grpo_loss, positional, fields, compact_rows=False, **options)
+    counts = []
+    for module in (PASS, HEAD):
+        for name in ("live_logits", "live_grad_hidden", "live_add_grad_weight"):
+            call = getattr(module, name, None)
+
+            def counted(*arguments, call=call, name=name, **keywords):
+                live = next(a for a in arguments if isinstance(a, PASS.LiveRows))
+                counts.append((name, int(live.count)))
+                return call(*arguments, **keywords)
+
+            if call is not None:
+                monkeypatch.setattr(module, name, counted)
+    ours = run(linear_grpo_loss, positional, fields, compact_rows=True, **options)
+    live = int((mask & (positional[4] != 0)).sum())
+    assert 0 < live < int(mask.sum())
+    assert set(counts) == {
+        ("live_logits", int(mask.sum())),
+        ("live_grad_hidden", live),
+        ("live_add_grad_weight", live),
+    }
+    torch.testing.assert_close(ours[0], whole[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(ours[1], whole[1], rtol=0, atol=4e-6)
+    assert (ours[3][0][positional[4] == 0] == 0).all()
     limit = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
     for mine, other in zip(ours[3], whole[3], strict=True):
         assert (mine - other).float().norm() <= limit * other.float().norm()

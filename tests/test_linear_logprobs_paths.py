@@ -269,10 +269,10 @@ def test_work_of_the_live_rows_alone(device, monkeypatch) -> None:
         for name in names:
             call = getattr(module, name)
 
-            def counted(*arguments, call=call, name=name, place=-2):
+            def counted(*arguments, call=call, name=name, **keywords):
                 live = next(a for a in arguments if isinstance(a, PASS.LiveRows))
                 counts.setdefault(name, []).append((int(live.count), live.index.tolist()))
-                return call(*arguments)
+                return call(*arguments, **keywords)
 
             monkeypatch.setattr(module, name, counted)
         monkeypatch.setattr(module, "raw_logits", None)
@@ -314,6 +314,18 @@ def test_number_of_matrix_products() -> None:
     assert products("frozen") == 2 and products("frozen", live=none) == 2
     assert products("keep") == 3 and products("keep", live=none) == 1
     assert products("keep-frozen") == 2 and products("keep-head") == 2
+    # entropy and lse of a frozen head: no product more, unless a gradient arrives for one of them
+    assert products("frozen", returns="logprobs entropy lse") == 4
+    hidden.requires_grad_()
+
+    def with_metrics():
+        logprobs, entropy, lse = linear_logprobs(
+            hidden, weight, token_ids, return_entropy=True, return_lse=True
+        )
+        return torch.autograd.grad(logprobs.sum() + (entropy + lse).detach().sum(), hidden)
+
+    assert profile_call(with_metrics)[1] == 2
+    hidden.requires_grad_(False)
     for path in PATHS:
         assert products(path, row_mask=none) == 0
     with torch.no_grad():
@@ -432,7 +444,8 @@ def test_opcheck(options, compact, device) -> None:
         bias = None
     scalars = (0.9, cap, 0.8, compact, False)
     tensors = (hidden.requires_grad_(), weight, bias, token_ids, per_row, mask)
-    torch.library.opcheck(_frozen, (*tensors, *scalars))
+    for want_entropy, want_lse in ((False, False), (True, True)):
+        torch.library.opcheck(_frozen, (*tensors, *scalars, want_entropy, want_lse))
     weight.requires_grad_()
     torch.library.opcheck(_keep, (*tensors, *scalars))
     with torch.no_grad():

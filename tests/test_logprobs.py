@@ -294,7 +294,8 @@ def bad(**changes):
         (bad(temperature=float("nan")), "temperature must be finite and > 0, got nan"),
         (bad(temperature="hot"), "temperature must be a float or a tensor"),
         (bad(temperature=torch.ones(2)), r"temperature must have shape \[3\]"),
-        (bad(temperature=torch.tensor([1.0, 0.0, 1.0])), "temperature must be > 0, got 0.0"),
+        (bad(temperature=torch.tensor([1.0, 0.0, 1.0])), "temperature must be > 0 .* got 0.0"),
+        (bad(temperature=torch.tensor([1.0, 2.0, torch.inf])), "temperature .* finite, got inf"),
         (bad(temperature=torch.ones(3, requires_grad=True)), "temperature requires grad"),
     ],
 )
