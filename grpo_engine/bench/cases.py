@@ -19,6 +19,8 @@ JOBS = (
     "linear_grpo_loss",  # hidden states and head -> GRPO loss, and back
     "grpo_loss",  # log-probabilities -> GRPO loss, and back
     "pack",  # ragged sequences and three fields -> one packed row
+    "unpack",  # a packed field -> one padded row a sequence
+    "varlen_attention",  # packed queries, keys, values -> causal attention per sequence, and back
     "plan_batches",  # lengths -> micro-batches, on the host
     "group_advantages",  # rewards -> advantages
 )
@@ -63,8 +65,10 @@ Inputs = dict[str, Any]  # tensors, a float "temperature", and "wants": names of
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison. ``sizes``: N, D, V tokens, width, vocabulary; S sequences; G group size;
-    ``max_tokens``, ``ranks`` of a plan. ``dtype`` is that of hidden states, weight or logits."""
+    """One comparison. ``sizes``: N, D, V tokens, width, vocabulary; S sequences; G group size; H, K
+    heads of queries and of keys, E their width; ``max_tokens``, ``ranks`` of a plan. ``dtype`` is
+    that of hidden states, weight, logits or queries.
+    """
 
     name: str
     job: str
@@ -136,6 +140,8 @@ def small_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
         Case("small linear_grpo_loss", "linear_grpo_loss", head, dtype, features=weighted),
         Case("small grpo_loss", "grpo_loss", {"N": 24, "S": 3}),
         Case("small pack", "pack", {"S": 9, "longest": 16}),
+        Case("small unpack", "unpack", {"S": 9, "longest": 16}),
+        Case("small varlen_attention", "varlen_attention", _attention_sizes(5, 16, 4, 2, 8)),
         Case("small plan_batches", "plan_batches", {"S": 40, "longest": 64, "max_tokens": 128}),
         Case("small group_advantages", "group_advantages", {"N": 24, "G": 4}),
     ]
@@ -155,6 +161,11 @@ def cpu_cases() -> list[Case]:
         head_case("SmolLM2-135M", 512, fp32),
         head_case("SmolLM2-135M", 512, fp32, values="peaked", source="hidden_states"),
         head_case("Qwen2.5-0.5B", 128, fp32),
+        Case(
+            "varlen_attention SmolLM2-135M S=8",
+            "varlen_attention",
+            _attention_sizes(8, 512, 9, 3, 64),
+        ),
         *host_cases(),
     ]
 
@@ -188,7 +199,15 @@ def gpu_cases() -> list[Case]:
     for job in ("linear_grpo_loss", "linear_logprobs"):
         cases.append(head_case("SmolLM2-135M", 16_384, bf16, job, **real))
         cases.append(head_case("SmolLM2-135M", 16_384, bf16, job, values="peaked", **real))
+    heads = _attention_sizes(16, 2048, 28, 4, 128)
+    cases.append(Case("varlen_attention Qwen2.5-7B S=16", "varlen_attention", heads, bf16))
     return cases + host_cases(scale=8)
+
+
+def _attention_sizes(
+    sequences: int, longest: int, heads: int, key_heads: int, width: int
+) -> dict[str, int]:
+    return {"S": sequences, "longest": longest, "H": heads, "K": key_heads, "E": width}
 
 
 def host_cases(scale: int = 1) -> list[Case]:
@@ -197,6 +216,8 @@ def host_cases(scale: int = 1) -> list[Case]:
         Case(f"grpo_loss N={2048 * scale}", "grpo_loss", {"N": 2048 * scale, "S": 4 * scale}),
         Case(f"pack S={2000 * scale}", "pack", {"S": 2000 * scale, "longest": 512}),
         Case("pack S=64", "pack", {"S": 64, "longest": 512}),
+        Case(f"unpack S={2000 * scale}", "unpack", {"S": 2000 * scale, "longest": 512}),
+        Case("unpack S=64", "unpack", {"S": 64, "longest": 512}),
         Case(
             "plan_batches S=100000",
             "plan_batches",

@@ -253,6 +253,9 @@ def compare(result: dict[str, Any], base: dict[str, Any], console: Console) -> i
     if not compared:
         say(console, f"nothing in common with {about}: nothing compared", "bold red")
         return 1
+    left = sum(row["ours"] and row["status"] == OK for row in base["rows"]) - compared
+    if left:
+        say(console, f"{left} rows of the baseline were not run, and not compared", "yellow")
     if not lines:
         say(console, f"{compared} rows: none worse than {about}", "bold green")
     return 1 if lines else 0

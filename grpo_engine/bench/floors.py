@@ -8,7 +8,7 @@ a plain copy that reads and writes as many bytes. Planning runs on the host and 
 
 "% of the floor" is floor time over provider time. 100 % can be passed: a head that skips work (a
 sparse backward) does less than the bare products, and the copy is one library's, not the memory's
-limit.
+limit. Attention's copy moves its inputs and outputs, which long sequences leave far behind.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from grpo_engine.bench.cases import Case, Inputs, tensors
 
 HEAD_JOBS = ("linear_logprobs", "linear_grpo_loss")
-NO_GRADIENT_JOBS = ("pack", "plan_batches", "group_advantages")
+NO_GRADIENT_JOBS = ("pack", "unpack", "plan_batches", "group_advantages")
 COPY_BYTES = 2**30  # of the bandwidth measurement on CUDA; a CPU takes COPY_BYTES_CPU
 COPY_BYTES_CPU = 2**28
 

@@ -46,6 +46,8 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
         "linear_grpo_loss": _linear_grpo_loss,
         "grpo_loss": _grpo_loss,
         "pack": _pack,
+        "unpack": _unpack,
+        "varlen_attention": _varlen_attention,
         "plan_batches": _plan_batches,
         "group_advantages": _group_advantages,
     }
@@ -253,11 +255,17 @@ def _grpo_loss(case: Case, draw: Draw) -> Inputs:
     return fields | {"logprobs": logprobs.requires_grad_()}
 
 
+def _lengths(case: Case, generator: np.random.Generator) -> np.ndarray:
+    """[S] from an eighth of the longest up."""
+    longest = case.sizes["longest"]
+    return generator.integers(longest // 8, longest + 1, case.sizes["S"])
+
+
 def _pack(case: Case, draw: Draw) -> Inputs:
     """token_ids [T] of S ragged sequences end to end, three fp32 fields [T], and on the host
     offsets (S + 1 integers) and the order in which to pack them."""
-    generator, longest = draw.host(), case.sizes["longest"]
-    lengths = generator.integers(longest // 8, longest + 1, case.sizes["S"])
+    generator = draw.host()
+    lengths = _lengths(case, generator)
     total = int(lengths.sum())
     return {
         "token_ids": draw.integers(50_000, total),
@@ -266,6 +274,38 @@ def _pack(case: Case, draw: Draw) -> Inputs:
         "order": generator.permutation(case.sizes["S"]).tolist(),
         "wants": ("token_ids", "position_ids", "segment_ids", "cu_seqlens", *FIELDS),
     }
+
+
+def _unpack(case: Case, draw: Draw) -> Inputs:
+    """packed [T] fp32, cu_seqlens [S + 1] int32, and on the host the lengths (S integers)."""
+    lengths = _lengths(case, draw.host())
+    return {
+        "packed": draw.normal(int(lengths.sum())),
+        "cu_seqlens": _cu_seqlens(lengths, draw.device),
+        "lengths": lengths.tolist(),
+        "wants": ("padded",),
+    }
+
+
+def _varlen_attention(case: Case, draw: Draw) -> Inputs:
+    """q [T, H, E], k and v [T, K, E], the gradient of the output grad_out [T, H, E], cu_seqlens
+    [S + 1] int32, and on the host the lengths (S integers)."""
+    sizes, lengths = case.sizes, _lengths(case, draw.host())
+    total = int(lengths.sum())
+    shapes = {"q": sizes["H"], "k": sizes["K"], "v": sizes["K"]}
+    fields = {n: draw.normal(total, heads, sizes["E"]) for n, heads in shapes.items()}
+    return {
+        **{name: field.to(case.dtype).requires_grad_() for name, field in fields.items()},
+        "grad_out": draw.normal(total, sizes["H"], sizes["E"]).to(case.dtype),
+        "cu_seqlens": _cu_seqlens(lengths, draw.device),
+        "lengths": lengths.tolist(),
+        "wants": ("out",),
+    }
+
+
+def _cu_seqlens(lengths: np.ndarray, device: torch.device) -> Tensor:
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    return torch.as_tensor(bounds, dtype=torch.int32, device=device)
 
 
 def _plan_batches(case: Case, draw: Draw) -> Inputs:

@@ -151,6 +151,8 @@ def choose_cases(
     everywhere = {case.name: case for case in [*usual, *small_cases(), *gpu_cases(), *cpu_cases()]}
     found = []
     for name in names:
+        if not name:
+            raise UserError("--case '': names no case; see grpo-engine bench --list")
         matched = [c for c in everywhere.values() if fits(name, c.name, anywhere=True)]
         matched = [c for c in matched if c.name == name] or matched
         matched = [c for c in matched if not jobs or c.job in jobs]

@@ -132,4 +132,12 @@ def finish(
     return {rename.get(name, name): value.detach() for name, value in outputs.items()} | grads
 
 
+def finish_attention(out: Tensor, inputs: Inputs, backward: bool) -> Outputs:
+    """``finish`` for the output of an attention."""
+    grads: tuple[Tensor, ...] = ()
+    if backward:
+        grads = torch.autograd.grad(out, [inputs[name] for name in "qkv"], inputs["grad_out"])
+    return {"out": out.detach(), **dict(zip(("d_q", "d_k", "d_v"), grads, strict=False))}
+
+
 HEAD = ("hidden", "weight", "bias")

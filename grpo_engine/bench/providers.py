@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from grpo_engine.bench.cases import JOBS
-from grpo_engine.bench.peers import cce, liger, ours, plain_torch, quack, trl, verl
+from grpo_engine.bench.peers import cce, liger, ours, packed, plain_torch, quack, trl, verl
 from grpo_engine.bench.provider import Provider
 
 __all__ = ["PROVIDERS", "Provider", "providers_of"]
@@ -11,6 +11,7 @@ __all__ = ["PROVIDERS", "Provider", "providers_of"]
 PROVIDERS: tuple[Provider, ...] = (
     *ours.PROVIDERS,
     *plain_torch.PROVIDERS,
+    *packed.PROVIDERS,
     *trl.PROVIDERS,
     *liger.PROVIDERS,
     *cce.PROVIDERS,

@@ -166,7 +166,8 @@ def times_faster(board: Board, case: Case, passes: str, other: str, factor: floa
 
 
 def targets() -> list[Target]:
-    main, loss, packs, small_packs, *_, frozen, peaked, logprobs, logits = target_cases()
+    main, loss, packs, small_packs, unpacks, small_unpacks, *_ = target_cases()
+    *_, frozen, peaked, logprobs, logits = target_cases()
     both, back = "linear_grpo_loss", "token_logprobs"
     return [
         Target(both, "<= 1.10x of 3 bare GEMMs", lambda b: times_floor(b.row(main, BOTH), 1.1)),
@@ -206,6 +207,12 @@ def targets() -> list[Target]:
             "pack, small",
             ">= 10x the torch chain",
             lambda b: times_faster(b, small_packs, FORWARD, "torch, field by field", 10),
+        ),
+        Target("unpack, large", ">= 80 % of copy", lambda b: of_copy(b, unpacks, 80)),
+        Target(
+            "unpack, small",
+            ">= 10x the torch chain",
+            lambda b: times_faster(b, small_unpacks, FORWARD, "torch", 10),
         ),
     ]
 

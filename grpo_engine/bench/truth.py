@@ -44,6 +44,8 @@ def truth(case: Case, inputs: Inputs) -> Outputs:
         "linear_grpo_loss": _head_truth,
         "grpo_loss": _loss_truth,
         "pack": _pack_truth,
+        "unpack": _unpack_truth,
+        "varlen_attention": _attention_truth,
         "plan_batches": _plan_truth,
         "group_advantages": _advantages_truth,
     }
@@ -185,6 +187,33 @@ def _pack_truth(inputs: Inputs) -> Outputs:
     return found | {name: torch.cat([values[piece] for piece in pieces]) for name, values in fields}
 
 
+def _unpack_truth(inputs: Inputs) -> Outputs:
+    """From the definition, token by token of each row."""
+    lengths, packed = torch.tensor(inputs["lengths"]), inputs["packed"]
+    place = torch.arange(int(lengths.max()))
+    inside = place < lengths[:, None]
+    padded = torch.zeros(inside.shape, dtype=packed.dtype, device=packed.device)
+    padded[inside.to(packed.device)] = packed
+    return {"padded": padded}
+
+
+@torch.enable_grad()
+def _attention_truth(inputs: Inputs) -> Outputs:
+    """softmax(q k / sqrt(E)) v of each sequence and head, over the keys up to the query's own."""
+    q, k, v = (inputs[name].detach().double().requires_grad_() for name in "qkv")
+    shared = q.shape[1] // k.shape[1]  # heads of queries with the same keys
+    pieces = []
+    for q_i, k_i, v_i in zip(*(field.split(inputs["lengths"]) for field in (q, k, v)), strict=True):
+        keys, values = (x.repeat_interleave(shared, 1) for x in (k_i, v_i))
+        scores = torch.einsum("ihe,jhe->hij", q_i, keys) / math.sqrt(q.shape[2])
+        later = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(later, -math.inf).softmax(-1)
+        pieces.append(torch.einsum("hij,jhe->ihe", weights, values))
+    out = torch.cat(pieces)
+    grads = torch.autograd.grad(out, (q, k, v), inputs["grad_out"].double())
+    return {"out": out.detach(), **dict(zip(("d_q", "d_k", "d_v"), grads, strict=True))}
+
+
 def _plan_truth(inputs: Inputs) -> Outputs:
     """Every sequence once, no token above the limit."""
     everyone = torch.arange(len(inputs["lengths"]))
@@ -230,6 +259,10 @@ def expected(case: Case, backward: bool) -> set[str]:
     elif job in ("token_logprobs", "linear_logprobs"):
         names = {"logprobs"} | ({"lse"} & features)
         names |= {"entropy"} if features & {"entropy", "entropy_grad"} else set()
+    elif job == "varlen_attention":
+        return {"out"} | ({"d_q", "d_k", "d_v"} if backward else set())
+    elif job == "unpack":
+        return {"padded"}
     else:
         return set()
     if not backward:
@@ -262,7 +295,7 @@ def wrong(
         limit = GATE_FACTOR * plain.get(name, 0.0) + floor[case.dtype]
         if provider.approximate and name.startswith("d_"):
             limit = max(limit, GATE_APPROXIMATE)
-        if case.job in ("pack", "plan_batches"):
+        if case.job in ("pack", "unpack", "plan_batches"):
             limit = 0.0
         if not error <= limit:
             return f"{name}: error {error:.2e}, allowed {limit:.2e}"

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from grpo_engine.bench.cases import Inputs
-from grpo_engine.bench.provider import HEAD, Later, Outputs, Provider, finish, here
+from grpo_engine.bench.provider import (
+    HEAD,
+    Later,
+    Outputs,
+    Provider,
+    finish,
+    finish_attention,
+    here,
+)
 from grpo_engine.kernels import (
     group_advantages,
     grpo_loss,
@@ -18,6 +26,8 @@ from grpo_engine.kernels import (
     pack_rollouts_ref,
     plan_batches,
     token_logprobs,
+    unpack,
+    varlen_attention,
 )
 from grpo_engine.kernels.common import interpreting
 
@@ -100,6 +110,18 @@ def _pack(op, inputs: Inputs, backward: bool) -> Outputs:
     return {name: made[name] for name in inputs["wants"]}
 
 
+def _unpack(inputs: Inputs, backward: bool) -> Outputs:
+    lengths = inputs["lengths"]
+    padded = unpack(inputs["packed"], inputs["cu_seqlens"], padded=True, lengths=lengths)
+    return {"padded": padded}
+
+
+def _varlen_attention(inputs: Inputs, backward: bool) -> Outputs:
+    bounds = {"cu_seqlens": inputs["cu_seqlens"], "max_seqlen": max(inputs["lengths"])}
+    out = varlen_attention(inputs["q"], inputs["k"], inputs["v"], **bounds)
+    return finish_attention(out, inputs, backward)
+
+
 def _plan(method: str, inputs: Inputs, backward: bool) -> Outputs:
     ranks, limit = inputs["ranks"], inputs["max_tokens"]
     plan = plan_batches(inputs["lengths"], limit, num_ranks=ranks, method=method)
@@ -167,6 +189,8 @@ PROVIDERS = (
     Provider("ours", "grpo_loss", None, _grpo_loss),
     Provider("ours", "pack", None, partial(_pack, pack_rollouts)),
     Provider("torch, field by field", "pack", None, partial(_pack, pack_rollouts_ref)),
+    Provider("ours", "unpack", None, _unpack),
+    Provider("ours", "varlen_attention", None, _varlen_attention),
     *(
         Provider(f"ours, {method}", "plan_batches", None, partial(_plan, method))
         for method in ("best_fit", "lpt", "kk")
