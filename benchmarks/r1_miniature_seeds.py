@@ -44,6 +44,7 @@ from grpo_engine.generation.hf import HFGenerator
 from grpo_engine.manifest import code_version
 from grpo_engine.metrics import read_metrics
 from grpo_engine.policy import Policy
+from grpo_engine.report.stage_tables import paired_shares
 from grpo_engine.rewards import accuracy_reward
 from grpo_engine.rewards.format import format_r1_reward
 from grpo_engine.rewards.judge_rubric import helpfulness, is_safe
@@ -211,9 +212,17 @@ def general_scores(run: Path, model: Path) -> Numbers:
 
 
 def distil(run: Path) -> Numbers:
-    """Accuracy of the student as it was, distilled, and trained by RL alone."""
+    """Accuracy of the student as it was, distilled, and trained by RL alone; ``paired``, distilled
+    less RL problem by problem, is told beside the criterion and decides nothing."""
     stages = {"base": "eval-student", "distilled": "eval-distill", "rl": "eval-student-rl"}
     numbers: Numbers = {name: accuracy(run, stage) for name, stage in stages.items()}
+    rl, distilled = (
+        json.loads((run / stages[name] / "results.json").read_text(encoding="utf-8"))
+        for name in ("rl", "distilled")
+    )
+    paired = paired_shares(rl, distilled)
+    if paired is not None:
+        numbers["paired"] = {"value": paired.value, "ci95": [paired.low, paired.high]}
     return {**numbers, "seen": numbers["distilled"]["ci95"][0] > numbers["rl"]["ci95"][1]}
 
 
@@ -336,6 +345,13 @@ def figures(runs: list[Numbers]) -> list[str]:
     return lines
 
 
+def paired_text(paired: Numbers | None) -> str:
+    if paired is None:
+        return ""
+    low, high = paired["ci95"]
+    return f"; paired difference {paired['value']:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
 SHORT: dict[str, Callable[[Numbers], str]] = {
     "start": lambda n: f"{n['after_cold_start']:.2f}, R1-Zero {n['r1_zero']:.2f}",
     "stability": lambda n: (
@@ -360,7 +376,7 @@ SHORT: dict[str, Callable[[Numbers], str]] = {
     ),
     "distil": lambda n: (
         f"{n['base']['value']:.2f} -> distilled {n['distilled']['value']:.2f}, RL "
-        f"{n['rl']['value']:.2f}"
+        f"{n['rl']['value']:.2f}" + paired_text(n.get("paired"))
     ),
 }
 

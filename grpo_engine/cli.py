@@ -18,7 +18,8 @@ from textwrap import wrap
 from typing import Any, NamedTuple
 
 from grpo_engine import __version__
-from grpo_engine.types import UserError
+from grpo_engine.interrupt import INTERRUPTED, came_of_stop, quitting_on_ctrl_c
+from grpo_engine.types import GeneratorError, UserError
 
 USAGE = """\
 grpo-engine {version}
@@ -99,7 +100,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"grpo-engine: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # before or after a run; inside one, train.py saves first
+    except GeneratorError as error:  # a run ends with its last step saved before it comes to this
+        print(f"grpo-engine: error: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, ImportError, SystemError) as error:
+        if not came_of_stop(error):
+            raise
+        # before or after a run; inside one, its session saves first
+        print(f"\n{INTERRUPTED}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the exit's own flush
@@ -125,7 +133,8 @@ def _dispatch(args: list[str]) -> int:
 
 def _recipes() -> str:
     """The recipes in the package, a line or more a verb."""
-    from grpo_engine.settings import load_recipe, recipe_names
+    with quitting_on_ctrl_c():
+        from grpo_engine.settings import load_recipe, recipe_names
 
     by_verb: dict[str, list[str]] = {}
     for name in recipe_names():
@@ -180,7 +189,8 @@ def parse_flags(
 def _stage(verb: str, args: list[str]) -> int:
     """Run one stage of training or judging: its configuration from recipe, file, folder and flags,
     then its run function."""
-    from grpo_engine.settings import build_config
+    with quitting_on_ctrl_c():
+        from grpo_engine.settings import build_config
 
     stage = STAGES[verb]
     config_class = _named(stage.config)
@@ -205,7 +215,8 @@ def _stage(verb: str, args: list[str]) -> int:
                 f"--resume {resume} --output_dir {config.output_dir}: a run continues in its folder"
             )
     if special.get("dry_run"):
-        from grpo_engine.pipeline.plan import print_estimate
+        with quitting_on_ctrl_c():
+            from grpo_engine.pipeline.plan import print_estimate
 
         print_estimate(verb, config)
     return _named(stage.run)(
@@ -246,11 +257,13 @@ def _stage_values(
 def _named(path: str) -> Any:
     """The object that ``module:name`` names."""
     module, _, name = path.partition(":")
-    return getattr(import_module(module), name)
+    with quitting_on_ctrl_c():
+        return getattr(import_module(module), name)
 
 
 def _r1(args: list[str]) -> int:
-    from grpo_engine.pipeline.command import run_r1, usage
+    with quitting_on_ctrl_c():
+        from grpo_engine.pipeline.command import run_r1, usage
 
     if {"-h", "--help"} & set(args):
         print(usage(), end="")
@@ -269,7 +282,8 @@ def _bench(args: list[str]) -> int:
     for name in ("recipe", "config"):
         if name in special:
             raise UserError(f"--{name} {special[name]}: bench has no such flag")
-    from grpo_engine.bench.command import run_bench
+    with quitting_on_ctrl_c():
+        from grpo_engine.bench.command import run_bench
 
     return run_bench(pairs, set(special))
 
@@ -277,9 +291,10 @@ def _bench(args: list[str]) -> int:
 def _report(args: list[str]) -> int:
     if len(args) != 1 or args[0].startswith("-"):
         raise UserError(f"report {' '.join(args)}: needs one argument, the folder of a run")
-    from grpo_engine.report import write_report
-    from grpo_engine.report.pipeline import write_pipeline_report
-    from grpo_engine.report.pipeline_record import holds_pipeline
+    with quitting_on_ctrl_c():
+        from grpo_engine.report import write_report
+        from grpo_engine.report.pipeline import write_pipeline_report
+        from grpo_engine.report.pipeline_record import holds_pipeline
 
     write = write_pipeline_report if holds_pipeline(args[0]) else write_report
     print(write(args[0]))
@@ -290,7 +305,8 @@ def _doctor(args: list[str]) -> int:
     pairs, special = parse_flags(args, switches=("json",))
     if pairs:
         raise UserError(f"--{pairs[0][0]} {pairs[0][1]}: doctor has no such flag")
-    from grpo_engine.doctor import run_doctor
+    with quitting_on_ctrl_c():
+        from grpo_engine.doctor import run_doctor
 
     return run_doctor(as_json=bool(special.get("json")))
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from grpo_engine import settings
-from grpo_engine.settings import PromptConfig, TrainConfig
+from grpo_engine.settings import PromptConfig, SamplerConfig, TrainConfig
 
 # Rewards that a saved reward model gives, and the fields that name and scale it.
 MODEL_REWARDS = ("helpful", "safety")
@@ -29,7 +29,7 @@ class RowSource(BaseModel):
     domain_column: str = "domain"
 
 
-class GRPOConfig(PromptConfig, TrainConfig):
+class GRPOConfig(PromptConfig, SamplerConfig, TrainConfig):
     """Everything a GRPO run depends on; the resolved copy is saved as ``config.yaml``."""
 
     stage: ClassVar[str] = "grpo"
@@ -125,7 +125,16 @@ class GRPOConfig(PromptConfig, TrainConfig):
     top_k: int = Field(0, ge=0, description="0 = all")
     generation_batch_size: int = Field(512, ge=1, description="most sequences decoded at once")
     generation_batch_tokens: int = Field(
-        1_048_576, ge=1, description="most tokens (prompts + caps) the sampler's cache may hold"
+        1_048_576,
+        ge=1,
+        description="most tokens (prompts + caps) the sampler's cache may hold (hf)",
+    )
+    rollouts_ahead: int = Field(
+        0,
+        ge=0,
+        le=1,
+        description="1: the engine samples the next rollout while the policy learns from this one, "
+        "so each is sampled by weights one rollout old (generator vllm)",
     )
 
     # --- update ---------------------------------------------------------------------------------
@@ -203,6 +212,7 @@ class GRPOConfig(PromptConfig, TrainConfig):
     RESUMABLE_FIELDS: ClassVar[frozenset[str]] = TrainConfig.RESUMABLE_FIELDS | {
         *("log_completions_steps", "generation_batch_size"),
         *("reward_workers", "reward_timeout", "max_reward_error_rate"),
+        *SamplerConfig.model_fields,
     }
 
     def _problems(self) -> Iterator[str]:
@@ -226,6 +236,22 @@ class GRPOConfig(PromptConfig, TrainConfig):
             value = getattr(self, name)
             if not 0 < value <= 1:
                 yield f"{name}={value}: must be in (0, 1]"
+        if self.rollouts_ahead:
+            yield from self._ahead_problems()
+
+    def _ahead_problems(self) -> Iterator[str]:
+        if self.generator == "hf":
+            yield (
+                "rollouts_ahead=1: generator 'hf' samples with the weights that are being trained, "
+                "so it cannot do so meanwhile; it needs generator 'vllm'"
+            )
+        if self.vllm_enable_sleep_mode:
+            yield "rollouts_ahead=1: an engine that samples meanwhile cannot sleep"
+        if self.is_correction is None and self.old_logprobs == "recompute":
+            yield (
+                "rollouts_ahead=1: the tokens come from older weights; is_correction or "
+                "old_logprobs='sampler' must allow for that"
+            )
 
     def _batch_problems(self) -> Iterator[str]:
         outputs = self.prompts_per_generation * self.num_generations

@@ -86,6 +86,16 @@ def read_rows(
     return rows
 
 
+def check_source(source: str, *, args: Mapping[str, Any] | None = None) -> None:
+    """Refuse what is wrong with a generated set, its name and ``args``, before any row is made.
+    Of files and data sets nothing is looked at. Raises UserError."""
+    args = dict(args or {})
+    if source.startswith(_TASK_PREFIX):
+        _reasoning_gym_problems(source.removeprefix(_TASK_PREFIX), args)
+    elif source.startswith(_MINIATURE_PREFIX):
+        miniature_rows(source.removeprefix(_MINIATURE_PREFIX), args)
+
+
 def _refuse(source: str, **options: Any) -> None:
     for name, value in options.items():
         if value:
@@ -162,7 +172,8 @@ def _hugging_face_rows(
     return [dict(loaded[index]) for index in range(count)]
 
 
-def _reasoning_gym_rows(task: str, args: dict[str, Any], limit: int | None) -> list[Row]:
+def _reasoning_gym_problems(task: str, args: dict[str, Any]) -> Any:
+    """The task's data set, which makes a problem when it is asked for. Gives ``args`` a seed."""
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -187,10 +198,14 @@ def _reasoning_gym_rows(task: str, args: dict[str, Any], limit: int | None) -> l
     # Without a seed the task would draw a new one each time and a resumed run other problems.
     args.setdefault("seed", 0)
     try:
-        problems = reasoning_gym.create_dataset(task, **args)
+        return reasoning_gym.create_dataset(task, **args)
     except (AssertionError, ValueError, TypeError) as error:
         given = ", ".join(f"{name}={value!r}" for name, value in sorted(args.items()))
         raise UserError(f"reasoning_gym task {task!r} ({given}): {_one_line(error)}") from None
+
+
+def _reasoning_gym_rows(task: str, args: dict[str, Any], limit: int | None) -> list[Row]:
+    problems = _reasoning_gym_problems(task, args)
     size = len(problems) if limit is None else min(limit, len(problems))
     task_args = {name: value for name, value in args.items() if name not in ("seed", "size")}
     return [

@@ -156,13 +156,24 @@ def segments(config: SFTConfig, tokenizer: Any, row: Row, where: str) -> list[Se
         few_shot=config.few_shot,
         response_prefix=prefix,
     )
-    if text.rstrip().endswith("<think>") and row["completion"].lstrip().startswith("<think>"):
+    # A chat template writes the special tokens itself; otherwise the tokenizer adds its own.
+    answer = _not_opened_twice(text, row["completion"], prefix, where)
+    return [Segment(text, False, special=template != "chat"), Segment(answer, True)]
+
+
+def _not_opened_twice(text: str, completion: str, prefix: str | None, where: str) -> str:
+    """The completion behind the prompt ``text``. Some chat templates open the think tag, and an
+    answer that was sampled behind it (``grpo-engine sample``) is written whole: what of its
+    beginning the prompt has is left out. UserError where the tag is the user's own ``prefix``."""
+    opening, rest = text[len(text.rstrip().removesuffix("<think>")) :], completion.lstrip()
+    if not (opening.startswith("<think>") and rest.startswith("<think>")):
+        return completion
+    if prefix:
         raise UserError(
             f"{where}: the completion begins with <think>, which the prompt already ends in: take "
-            "it off the completions, or choose another chat_template or response_prefix"
+            f"it off the completions, or choose another response_prefix than {prefix!r}"
         )
-    # A chat template writes the special tokens itself; otherwise the tokenizer adds its own.
-    return [Segment(text, False, special=template != "chat"), Segment(row["completion"], True)]
+    return rest.removeprefix(opening if rest.startswith(opening) else "<think>")
 
 
 def _turns(

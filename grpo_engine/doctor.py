@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,13 @@ from rich.text import Text
 
 from grpo_engine import __version__
 from grpo_engine.integrations import contract
+from grpo_engine.manifest import package_version, vllm_version
 from grpo_engine.self_check import Check, check_kernels, one_line
 
 REQUIRED = ("torch", "transformers", "safetensors", "numpy", "pydantic", "pyyaml", "rich")
 OPTIONAL = {
     "triton": "GPU kernels, and their interpreter on a CPU",
-    "vllm": "fast rollouts on a GPU (planned)",
+    "vllm": "rollouts by an engine of their own (generator: vllm)",
     "flash-attn": "attention with softcap on a GPU",
     "peft": "LoRA training",
     "datasets": "Hugging Face datasets as a source",
@@ -78,21 +78,16 @@ def run_doctor(*, as_json: bool = False, console: Console | None = None) -> int:
 # ----------------------------------------------------------------------------------------
 
 
-def installed(name: str) -> str | None:
-    """Version of a distribution, or None."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def versions() -> dict[str, str]:
     found = {"grpo-engine": __version__, "python": platform.python_version()}
-    return found | {name: installed(name) or "MISSING" for name in REQUIRED}
+    return found | {name: package_version(name) or "MISSING" for name in REQUIRED}
 
 
 def packages() -> dict[str, dict[str, str | None]]:
-    return {name: {"version": installed(name), "enables": what} for name, what in OPTIONAL.items()}
+    """Of each optional package its version and what it is for."""
+    found = {n: {"version": package_version(n), "enables": what} for n, what in OPTIONAL.items()}
+    found["vllm"]["version"] = vllm_version()
+    return found
 
 
 def machine() -> dict[str, str]:
@@ -218,7 +213,7 @@ def _print_findings(findings: dict[str, Any], console: Console) -> None:
     rows = [(name, p["version"] or "-", p["enables"]) for name, p in findings["packages"].items()]
     _section(console, "optional", rows)
     rows = [(name, host["version"], host["state"]) for name, host in findings["hosts"].items()]
-    _section(console, "trainers", rows)
+    _section(console, "hosts", rows)
 
 
 def _print_checks(checks: list[Check], console: Console) -> None:

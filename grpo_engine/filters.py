@@ -16,7 +16,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_engine.rewards.language import measure_language, prompt_language, split_thinking
+from grpo_engine.rewards.language import (
+    measure_language,
+    off_script_characters,
+    prompt_language,
+    split_thinking,
+)
 from grpo_engine.rewards.repetition import repeated_share
 from grpo_engine.rewards.words import repetition_tokens
 from grpo_engine.types import UserError
@@ -31,7 +36,9 @@ class ChainFilters:
     """The limits of a readable answer; None (or True for ``code_blocks``) switches one off.
 
     ``min_language_share``: words of the target language / words of the reasoning, as in the
-    language reward. ``max_paragraph_words``: of the longest paragraph of the reasoning (text
+    language reward. ``max_off_script_characters``: letters in the whole answer that the target
+    language is not written with, which sees the leak of a few characters in a long text.
+    ``max_paragraph_words``: of the longest paragraph of the reasoning (text
     between empty lines); Chinese, Japanese and Thai count by character. ``code_blocks``: whether
     the reasoning may hold a fenced block. ``max_repeated_share``: of ``ngram_size``-word sequences
     in the whole answer that are there for the second time or more.
@@ -42,6 +49,7 @@ class ChainFilters:
     code_blocks: bool = False
     max_repeated_share: float | None = 0.5
     ngram_size: int = 8
+    max_off_script_characters: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("min_language_share", "max_repeated_share"):
@@ -52,6 +60,9 @@ class ChainFilters:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be >= 1, got {value}")
+        leaks = self.max_off_script_characters
+        if leaks is not None and leaks < 0:
+            raise UserError(f"max_off_script_characters must be >= 0, got {leaks}")
 
     def first_fault(
         self, completion: str, *, prompt: str = "", language: str | None = None
@@ -74,6 +85,10 @@ class ChainFilters:
         if self.min_language_share is not None and language is not None:
             share = measure_language(reasoning, language, prompt=prompt).share
             if share is not None and share < self.min_language_share:
+                return "mixed_language"
+        if self.max_off_script_characters is not None and language is not None:
+            leaked = off_script_characters(completion, language, prompt=prompt)
+            if leaked > self.max_off_script_characters:
                 return "mixed_language"
         return None
 

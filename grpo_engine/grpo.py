@@ -25,9 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grpo_engine.config import GRPOConfig
+from grpo_engine.draws import Draw, DrawAhead
 from grpo_engine.generation.base import Generator
 from grpo_engine.kernels import LossMetrics, linear_grpo_loss, linear_logprobs, plan_batches
 from grpo_engine.learner import TRAINER_FOLDER, Learner
+from grpo_engine.mismatch import mismatch_metrics
 from grpo_engine.policy import Policy
 from grpo_engine.rewards import RewardPool, RewardReport
 from grpo_engine.rollouts import (
@@ -50,7 +52,7 @@ class GRPORun(Learner):
     """The state of a run between two steps, and the moves that change it.
 
     ``rollouts_done`` counts rollouts sampled; ``arrays`` is the rollout being trained on (None: the
-    next step starts with a new one).
+    next step starts with a new one), ``ahead`` the next one where it is sampled meanwhile.
     """
 
     COUNTERS = (*Learner.COUNTERS, "rollouts_done", "reference_step", "sampling_seconds")
@@ -79,7 +81,9 @@ class GRPORun(Learner):
         self.reference_step = 0
         self.rollouts_done = 0
         self.arrays: RolloutArrays | None = None
+        self.ahead: DrawAhead | None = None
         self.rollout_rows: dict[str, float] = {}  # metrics of the rollout, for its first step
+        self.sync_rows: dict[str, float] = {}  # of weights handed to the generator since then
         # Of the current rollout, per update; None where a checkpoint does not know.
         self.sampling_seconds: float | None = 0.0
 
@@ -87,17 +91,10 @@ class GRPORun(Learner):
 
     def rollout(self) -> tuple[list[Rollout], RolloutArrays, dict[str, float]]:
         """Sample, reward and prepare one rollout; ``begin`` makes it the current one. Changes no
-        state, so an interrupted rollout is simply drawn again, bit for bit the same."""
+        state, so an interrupted rollout is simply drawn again, bit for bit the same. (One that was
+        interrupted while it was sampled ahead is drawn from the weights of its time.)"""
         config, number = self.config, self.rollouts_done
-        prompts = self.stream.rollout(number)
-        sampling = SamplingParams(
-            max_completion_length=config.completion_cap(self.step),
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            return_support=True,
-        )
-        rollouts, arrays, report = self._sampled_and_scored(prompts, sampling, number)
+        rollouts, arrays, report = self._sampled_and_scored(number)
         arrays.order = split_mini_batches(
             len(rollouts),
             config.steps_per_generation,
@@ -107,32 +104,70 @@ class GRPORun(Learner):
         rows = rollout_metrics(rollouts, report, arrays, config.num_generations)
         if config.reward_domains:
             rows |= domain_metrics(rollouts)
+        if self._recomputes_old:
+            live = np.flatnonzero(np.repeat(arrays.live, arrays.completion_lengths))
+            chosen = torch.as_tensor(live, device=self.policy.device)
+            pair = arrays.old_logprobs[chosen], arrays.sampler_logprobs[chosen]
+            rows |= mismatch_metrics(*pair, arrays.completion_lengths[arrays.live])
         return rollouts, arrays, rows
 
-    def _sampled_and_scored(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, number: int
-    ) -> tuple[list[Rollout], RolloutArrays, RewardReport]:
+    def sync_generator(self) -> None:
+        """Have the generator sample from the present weights. Waits for what is sampled ahead."""
+        if self.ahead is not None:
+            with self.watch.phase("generate"):
+                self.ahead.wait()
+        with self.watch.phase("sync_weights"), self.autocast():
+            self.sync_rows |= self.generator.sync_weights(self.step)
+
+    def sample_ahead(self) -> None:
+        """With ``rollouts_ahead``: have the rollout after the current one sampled beside the
+        updates, from the present weights. Nothing where it is under way, or not to be trained."""
+        begins = self.step + len(self.arrays.order)
+        if self.config.rollouts_ahead and self.ahead is None and begins < self.total_steps:
+            self.ahead = DrawAhead(self._new_draw(self.rollouts_done, begins), self._sample)
+
+    def _new_draw(self, number: int, begins: int) -> Draw:
+        """Of rollout ``number``, which the updates after step ``begins`` are to learn from."""
+        self.sync_generator()
+        config, prompts = self.config, self.stream.rollout(number)
+        sampling = SamplingParams(
+            max_completion_length=config.completion_cap(begins),
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            return_support=True,
+        )
+        scoring = RolloutScoring(self.pool, self.models, prompts, config.num_generations)
+        return Draw(number, self.step, prompts, sampling, scoring)
+
+    def _sample(self, draw: Draw) -> list[Rollout]:
+        return sample_rollouts(
+            self.generator,
+            self.policy.tokenizer,
+            draw.prompts,
+            self.config.num_generations,
+            draw.sampling,
+            (self.config.seed, "rollout", draw.number),
+            on_rollouts=draw.scoring.add,
+        )
+
+    def _sampled_and_scored(self, number: int) -> tuple[list[Rollout], RolloutArrays, RewardReport]:
         """The rollout but for its split. Rewards by rule are worked off beside everything else."""
-        config = self.config
+        config, ahead = self.config, self.ahead
         drop_dead = not config.beta and not config.entropy_coef
-        with RolloutScoring(self.pool, self.models, prompts, config.num_generations) as scoring:
+        draw = self._new_draw(number, self.step) if ahead is None else ahead.draw
+        with draw.scoring as scoring:
             with self.watch.phase("generate"), self.autocast():
-                rollouts = sample_rollouts(
-                    self.generator,
-                    self.policy.tokenizer,
-                    prompts,
-                    config.num_generations,
-                    sampling,
-                    (config.seed, "rollout", number),
-                    on_rollouts=scoring.add,
-                )
+                rollouts = self._sample(draw) if ahead is None else ahead.rollouts()
+            self.ahead = None
             arrays = RolloutArrays.before_rewards(
                 rollouts,
                 device=self.policy.device,
                 mask_truncated=config.mask_truncated_completions,
-                max_completion_length=sampling.max_completion_length,
+                max_completion_length=draw.sampling.max_completion_length,
             )
-            if arrays.support is None and sampling.truncates(len(self.policy.head.weight)):
+            arrays.sampled_step = draw.version
+            if arrays.support is None and draw.sampling.truncates(len(self.policy.head.weight)):
                 raise ValueError("the generator truncates and did not return its tokens' support")
             if self.models:
                 with self.watch.phase("reward_model"):
@@ -155,19 +190,26 @@ class GRPORun(Learner):
         """Log-probs that stay fixed during the rollout's updates: the old policy's, only where some
         update is off-policy, and the reference's, only with a KL term."""
         config = self.config
-        off_policy = config.updates_per_rollout > 1
-        if off_policy and config.old_logprobs == "recompute":
+        if self._recomputes_old:
             with self.watch.phase("old_logprobs"):
                 arrays.old_logprobs = self.logprobs(self.policy, arrays)
-        elif off_policy:
+        elif config.old_logprobs == "sampler" and (
+            config.updates_per_rollout > 1 or config.rollouts_ahead
+        ):
             arrays.old_logprobs = arrays.sampler_logprobs
         if self.reference is not None:
             same_weights = self.reference_step == self.step
             with self.watch.phase("ref_logprobs"):
-                if same_weights and off_policy and config.old_logprobs == "recompute":
+                if same_weights and self._recomputes_old:
                     arrays.ref_logprobs = arrays.old_logprobs
                 else:
                     arrays.ref_logprobs = self.logprobs(self.reference, arrays)
+
+    @property
+    def _recomputes_old(self) -> bool:
+        """Whether log-probs at the start of a rollout's updates are computed beforehand. Where it
+        has a single update, those of the loss are the same, and there is no pass to spend."""
+        return self.config.updates_per_rollout > 1 and self.config.old_logprobs == "recompute"
 
     def _micro_batches(
         self, arrays: RolloutArrays, chosen: np.ndarray
@@ -210,17 +252,20 @@ class GRPORun(Learner):
         """One optimiser step on the next mini-batch of the rollout; returns its metrics."""
         arrays = self.arrays
         mini_batch = arrays.order[0]
+        age = None if arrays.sampled_step is None else self.step - arrays.sampled_step
         with self.watch.phase("update"):
             loss, metrics = self._gradients(arrays, mini_batch)
             row = self.descend(loss)
         arrays.order = arrays.order[1:]
         tokens = int(arrays.lengths[mini_batch].sum())
         self.tokens_done += tokens
-        row = row | metrics | self.rollout_rows | {"num_tokens": self.tokens_done}
-        self.rollout_rows = {}
+        row = row | metrics | self.rollout_rows | self.sync_rows
+        row["num_tokens"] = self.tokens_done
+        if age is not None:  # an older version's checkpoint does not say
+            row["sampling/staleness"] = age
+        self.rollout_rows, self.sync_rows = {}, {}
         if not arrays.order:
             self.arrays = None
-            self.generator.sync_weights(self.step)
         self.refresh_reference()
         return row | self._times(arrays, mini_batch)
 
@@ -245,15 +290,23 @@ class GRPORun(Learner):
         dead groups included, so the gradient does not depend on how it is cut into micro-batches or
         on dropping them."""
         denominator = self._denominator(arrays, mini_batch)
-        total, merged = 0.0, None
+        total, merged, pairs = 0.0, None, []
         if denominator:
-            for _, batch in self._micro_batches(arrays, mini_batch):
+            for chosen, batch in self._micro_batches(arrays, mini_batch):
                 hidden = self.hidden_rows(self.policy, batch.packed, batch.rows)
-                loss, metrics, _ = self._loss(hidden, batch, denominator)
+                loss, metrics, logprobs = self._loss(hidden, batch, denominator)
                 loss.backward()
                 total = total + loss.detach()
                 merged = metrics if merged is None else merged + metrics
-        return float(total), {} if merged is None else loss_rows(merged)
+                sampler = batch.completions.fields["sampler_logprobs"]
+                pairs.append((logprobs.detach(), sampler, arrays.completion_lengths[chosen]))
+        if merged is None:
+            return float(total), {}
+        rows = loss_rows(merged)
+        if not self._recomputes_old:  # else the whole rollout was compared before its first update
+            ours, samplers, lengths = zip(*pairs, strict=True)
+            rows |= mismatch_metrics(torch.cat(ours), torch.cat(samplers), np.concatenate(lengths))
+        return float(total), rows
 
     def _loss(
         self, hidden: Tensor, batch: MicroBatch, denominator: float
@@ -284,7 +337,7 @@ class GRPORun(Learner):
             return float(len(counted))
         if self.config.loss_type == "dr_grpo":
             return float(len(counted) * arrays.max_completion_length)
-        return float(arrays.completion_lengths[counted[arrays.kept[counted]]].sum())
+        return float(arrays.completion_lengths[counted[arrays.unmasked[counted]]].sum())
 
     def refresh_reference(self) -> None:
         """pi_ref <- pi_theta every ``ref_model_sync_steps`` steps (paper: 400)."""
@@ -316,7 +369,12 @@ class GRPORun(Learner):
             self.arrays = RolloutArrays.from_tensors(
                 load_file(trainer / "rollout.safetensors"), device
             )
-        self.generator.sync_weights(self.step)
+
+    def close(self) -> None:
+        """End the generator, and what is sampled ahead."""
+        self.generator.close()
+        if self.ahead is not None:
+            self.ahead.give_up()
 
 
 def loss_rows(metrics: LossMetrics) -> dict[str, float]:

@@ -39,11 +39,15 @@ class HeldOut:
         of a reward model on the general prompts of its domains."""
         config = self.config
         scores: dict[str, float] = {}
+        run.sync_generator()
         with run.watch.phase("eval"):
             rollouts = self._answers(run, self.prompts, "eval")
             correct = score_rollouts(self.pool, rollouts).scores[self.reward]
             if self.general:
                 general = self._answers(run, self.general, "general eval")
+                lengths = [len(one.completion_ids) for one in general]
+                scores["eval/general/mean_length"] = fmean(lengths)
+                scores["eval/general/num_answers"] = float(len(lengths))
                 for model in self.models:
                     found = model.report(general).scores[model.spec.name]
                     given = [score for score in found if score is not None]
@@ -56,6 +60,7 @@ class HeldOut:
             "eval/mean_length": sum(lengths) / len(lengths),
             "eval/clipped_ratio": sum(cut) / len(cut),
             "eval/num_samples": float(len(known)),
+            "eval/num_answers": float(len(rollouts)),
             **scores,
         }
         if known:

@@ -9,10 +9,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
+INTERRUPTED = "grpo-engine: interrupted"
+
 
 class StopRequested(BaseException):
     """The user or the scheduler asked the run to stop. Not an ``Exception``: reward code cannot
     swallow it."""
+
+
+def came_of_stop(error: BaseException) -> bool:
+    """Whether ``error`` is a Ctrl-C, or a stop request, that became another error on its way: the
+    initialisation of an extension module makes an ImportError of whatever is raised in it."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, (KeyboardInterrupt, StopRequested)):
+        found = found.__cause__
+    return found is not None
+
+
+@contextmanager
+def quitting_on_ctrl_c() -> Iterator[None]:
+    """Around the imports of a verb, when nothing is under way that would have to be saved: Ctrl-C
+    ends the process at once, with one line and code 130. An exception might not come through:
+    whoever tries an import takes what it turned into for a package that is not installed."""
+    of_python = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not of_python or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, _quit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _quit(signum: int, frame: FrameType | None) -> None:
+    os.write(2, b"\n" + INTERRUPTED.encode() + b"\n")
+    os._exit(128 + signum)
 
 
 class Interrupt:
@@ -68,6 +100,10 @@ class Interrupt:
         try:
             self.check()
             yield
+        except (ImportError, SystemError) as error:
+            if not came_of_stop(error):
+                raise
+            raise StopRequested from error
         finally:
             self._abortable = False
 

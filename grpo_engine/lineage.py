@@ -20,7 +20,7 @@ from grpo_engine.types import UserError
 
 MANIFEST_FILE = "manifest.json"
 VERB = "r1"
-_HASHES_FILE = ".file-hashes.json"
+HASHES_FILE = ".file-hashes.json"
 RUNNING = "running"
 WAITING = "waiting for a person"
 # A stage that has come to an end of some kind; any other was killed.
@@ -198,7 +198,7 @@ class Lineage:
             if "settings" in entry
         }
         self.values: dict[str, Any] = values
-        self.hashes = FileHashes(folder / _HASHES_FILE)
+        self.hashes = FileHashes(folder / HASHES_FILE)
 
     def write(self, stages: dict[str, str], **values: Any) -> None:
         """``stages``: name and kind of each stage of the YAML, in order."""

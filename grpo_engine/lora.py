@@ -150,10 +150,14 @@ class Adapter:
             merged[f"{path}.weight"] = total.to(weight.dtype).cpu()
         return merged
 
+    def file_tensors(self) -> dict[str, Tensor]:
+        """The live tensors, under their names in peft's files."""
+        return {_PREFIX + name: p.detach() for name, p in self.parameters().items()}
+
     def save(self, folder: Path) -> None:
         """Write the two files that ``PeftModel.from_pretrained(base, folder)`` reads."""
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {_PREFIX + n: p.detach().cpu().contiguous() for n, p in self.parameters().items()}
+        tensors = {name: p.cpu().contiguous() for name, p in self.file_tensors().items()}
         save_file(tensors, folder / _FILE, metadata={"format": "pt"})
         self.config.save_pretrained(folder)
 

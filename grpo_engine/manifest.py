@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_engine import __version__
+from grpo_engine.integrations.contract import HOSTS
 from grpo_engine.lora import base_tensors
 from grpo_engine.metrics import write_atomically
 
@@ -84,11 +85,19 @@ def weights_sha256(model: nn.Module, merged: Mapping[str, Tensor] | None = None)
     return digest.hexdigest()
 
 
+def package_version(name: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def vllm_version() -> str | None:
+    """None where vLLM is not installed, under any name of its builds. Does not import it."""
+    return HOSTS["vllm"].version
+
+
 def package_versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name: package_version(name) for name in PACKAGES} | {"vllm": vllm_version()}
+    return {name: version for name, version in found.items() if version is not None}

@@ -45,6 +45,9 @@ KL_JUMP, KL_JUMP_FLOOR = 10.0, 0.1  # times the recent median; not below the flo
 ENTROPY_LOW = 0.05  # fraction of the entropy at the start of the run
 LOGPROB_GAP_HIGH = 0.05  # nats per token between sampler and trainer
 IS_RATIO_LOW, IS_RATIO_HIGH = 0.9, 1.1
+MISMATCH_KL_HIGH = 0.02  # nats per token, sampler to trainer
+MISMATCH_KL_JUMP, MISMATCH_KL_FLOOR = 10.0, 1e-3  # times the recent median; not below the floor
+ESS_LOW = 0.9  # effective share of the tokens under importance weights
 
 
 def strict_json(row: Mapping[str, Any]) -> str:
@@ -300,6 +303,7 @@ def health_warnings(row: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
         _kl,
         _entropy,
         _gap,
+        _mismatch,
     ):
         found.extend(rule(row, past))
     return found
@@ -449,4 +453,28 @@ def _gap(row: Mapping[str, Any], past: list) -> Iterator[str]:
         yield (
             f"sampler-mismatch: mean importance ratio trainer/sampler is {ratio:.3g}, outside "
             f"[{IS_RATIO_LOW:g}, {IS_RATIO_HIGH:g}]"
+        )
+
+
+def _mismatch(row: Mapping[str, Any], past: list) -> Iterator[str]:
+    kl, share = finite_number(row, "sampling/kl"), finite_number(row, "sampling/ess_token")
+    age = finite_number(row, "sampling/staleness")
+    drawn = f" (drawn by weights {age:.0f} updates old)" if age else ""
+    recent = _series(past, "sampling/kl")[-20:]
+    typical = median(recent) if len(recent) >= WINDOW else math.inf
+    if kl is not None and kl >= MISMATCH_KL_HIGH:
+        yield (
+            f"sampler-kl: {kl:.3g} nats per token from sampler to trainer{drawn}, above "
+            f"{MISMATCH_KL_HIGH:g}: check weight sync, dtype and sampling options"
+        )
+    elif kl is not None and kl >= max(MISMATCH_KL_FLOOR, MISMATCH_KL_JUMP * typical):
+        times = kl / max(typical, 1e-12)
+        yield (
+            f"sampler-kl: jumped to {kl:.3g} nats per token from sampler to trainer{drawn}, "
+            f"{times:.0f} times its recent median: was a weight update lost?"
+        )
+    if share is not None and share < ESS_LOW:
+        yield (
+            f"sampler-ess: importance weights would leave {share:.1%} of the tokens{drawn}, below "
+            f"{ESS_LOW:.0%}: what was sampled says little about the policy"
         )

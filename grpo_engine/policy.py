@@ -45,6 +45,7 @@ from grpo_engine.kernels.attention import (
 )
 from grpo_engine.lora import ADAPTER_FOLDER, Adapter, LoraOptions
 from grpo_engine.models.load import load_model
+from grpo_engine.packing_check import first_not_finite, require_packing
 from grpo_engine.types import UserError
 
 ATTENTION_NAME = "grpo_engine"
@@ -52,8 +53,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ATTENTION_BACKENDS = ("auto", "torch", "flash-attn", "buckets")
 # Layers a packed row can express; others (chunked, linear, recurrent, ...) carry state across it.
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
-# Largest packed-versus-alone difference that rounding explains, relative to the largest logit.
-SELF_TEST_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
 class RoutedMask(Protocol):
@@ -356,13 +355,9 @@ class Policy:
             )
         return out.last_hidden_state[0]
 
-    @torch.no_grad()
     def first_not_finite(self) -> str | None:
         """Name of a trained parameter that holds a NaN or infinity; None if all are finite."""
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not bool(parameter.isfinite().all()):
-                return name
-        return None
+        return first_not_finite(self.model, trained=True)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a Hugging Face directory: safetensors, config, tokenizer. With LoRA these are the
@@ -416,26 +411,7 @@ class Policy:
             self.adapter.weights_changed()
 
     def _require_self_test(self) -> None:
-        name = type(self.model).__name__
-        try:
-            error = packing_error(self)
-        except (
-            TypeError,
-            AttributeError,
-            KeyError,
-            IndexError,
-            ValueError,
-            NotImplementedError,
-        ) as why:
-            raise UserError(
-                f"model: {name} cannot run packed rows ({type(why).__name__}: {why})"
-            ) from why
-        limit = SELF_TEST_LIMIT.get(self.dtype, 1e-3)
-        if not error <= limit:
-            raise UserError(
-                f"model: {name} gives other logits for packed rows than for single ones "
-                f"(relative difference {error:.1e}, limit {limit:.0e}); it cannot be trained here"
-            )
+        require_packing(self.model, lambda: packing_error(self), "logits")
 
 
 @torch.no_grad()

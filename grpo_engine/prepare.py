@@ -10,7 +10,7 @@ from typing import Any
 
 from grpo_engine.config import MODEL_REWARDS, GRPOConfig, RowSource
 from grpo_engine.data import check_prompt_lengths, load_rows, without_overlap
-from grpo_engine.generation.hf import HFGenerator
+from grpo_engine.generation.build import check_generator, generator_inputs, open_generator
 from grpo_engine.grpo import GRPORun
 from grpo_engine.held_out import HeldOut
 from grpo_engine.kernels import make_loss_options
@@ -321,6 +321,7 @@ def build_run(
     Mixture.of(config, bool(rows.general))  # found out before any model is loaded
     policy = load_policy(config, checkpoint)
     check_model(config, policy)
+    check_generator(config, policy)
     prompts = load_prompts(config, policy.tokenizer, rows.train)
     general = load_prompts(config, policy.tokenizer, rows.general) if rows.general else []
     opened = think_tag_is_open([*prompts, *general])
@@ -328,12 +329,7 @@ def build_run(
     held_out = build_held_out(config, policy, rows, pool, models, stack)
     judges = [judge for judge in (pool, held_out and held_out.pool) if judge]
     tier = sandbox_tier([spec for judge in judges for spec in judge.rewards])
-    generator = HFGenerator(
-        policy,
-        max_batch_size=config.generation_batch_size,
-        max_batch_tokens=config.generation_batch_tokens,
-    )
-    stack.callback(generator.close)
+    generator = stack.enter_context(open_generator(config, policy))
     reference = reference_policy(config, policy, checkpoint)
     inputs = rows.inputs(config)
     base = policy if checkpoint is None or policy.adapter is not None else reference
@@ -342,9 +338,12 @@ def build_run(
     inputs |= {f"{reward.spec.function}_model": reward.source for reward in models}
     if tier is not None:
         inputs["sandbox"] = {"tier": tier}
+    if engine := generator_inputs(config):
+        inputs["generator"] = engine
     run = GRPORun(
         config, policy, reference, generator, pool, prompts, general=general, models=models
     )
+    stack.callback(run.close)
     if checkpoint is not None:
         run.read_checkpoint(checkpoint)
     return run, held_out, inputs

@@ -51,6 +51,11 @@ FIGURES: tuple[Figure, ...] = (
 )
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 step``, ``1,700 steps``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def sparkline(values: Sequence[float | None], width: int = SPARK_WIDTH) -> str:
     """The last ``width`` values as bars between their own minimum and maximum; a None is a gap."""
     recent = list(values)[-width:]

@@ -13,10 +13,8 @@ models'), another token of the vocabulary takes its place (``choose_pad_token``)
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +27,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from grpo_engine.manifest import weights_sha256
-from grpo_engine.models.load import load_model
-from grpo_engine.policy import DTYPES, SELF_TEST_LIMIT, Policy, resolve_device
+from grpo_engine.models.load import is_classifier, load_model
+from grpo_engine.packing_check import require_packing
+from grpo_engine.policy import DTYPES, Policy, resolve_device
 from grpo_engine.types import UserError
 
 # Tokens that widespread vocabularies keep for padding or hardly use, in order of preference. Any
@@ -78,7 +77,7 @@ class RewardNetwork(Policy):
         ``pad_token``: a token of the vocabulary; None: see ``choose_pad_token``.
         """
         target = resolve_device(device)
-        if is_saved_network(model):
+        if is_classifier(model):
             loaded, tokenizer = _load_saved(model, dtype)
             base_sha256 = weights_sha256(loaded)
         else:
@@ -108,7 +107,7 @@ class RewardNetwork(Policy):
     ) -> RewardNetwork:
         """What ``save_pretrained`` wrote, or any such folder of another program's."""
         target = resolve_device(device)
-        if not is_saved_network(folder):
+        if not is_classifier(folder):
             raise UserError(f"reward model: {str(folder)!r} holds no sequence-classification model")
         loaded, tokenizer = _load_saved(str(folder), dtype)
         choose_pad_token(loaded, tokenizer, None)
@@ -153,19 +152,7 @@ class RewardNetwork(Policy):
 
     def _require_self_test(self) -> None:
         """As the policy's, with scores in the place of logits."""
-        name = type(self.model).__name__
-        try:
-            error = self._packing_error()
-        except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError) as why:
-            raise UserError(
-                f"model: {name} cannot run packed rows ({type(why).__name__}: {why})"
-            ) from why
-        limit = SELF_TEST_LIMIT.get(self.dtype, 1e-3)
-        if not error <= limit:
-            raise UserError(
-                f"model: {name} gives other scores for packed rows than for single ones "
-                f"(relative difference {error:.1e}, limit {limit:.0e}); it cannot be trained here"
-            )
+        require_packing(self.model, self._packing_error, "scores")
 
     @torch.no_grad()
     def _packing_error(self, lengths: tuple[int, ...] = (5, 9, 2), seed: int = 0) -> float:
@@ -254,16 +241,6 @@ def choose_pad_token(
     tokenizer.pad_token = found
     for config in (model.config, model.config.get_text_config(), model.base_model.config):
         config.pad_token_id = vocabulary[found]
-
-
-def is_saved_network(folder: str | os.PathLike[str]) -> bool:
-    """Whether ``folder`` holds a sequence-classification model."""
-    try:
-        config = json.loads((Path(folder).expanduser() / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    names: Any = config.get("architectures") or [] if isinstance(config, dict) else []
-    return any(str(name).endswith("ForSequenceClassification") for name in names)
 
 
 def _load_saved(folder: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from grpo_engine.kernels import completion_rows, group_advantages, pack_rollouts
 from grpo_engine.kernels.packing import PackedBatch
 from grpo_engine.rewards import RewardPool, RewardReport
 from grpo_engine.support import Support, spans
-from grpo_engine.types import Generation, GenerationRequest, Rollout, SamplingParams
+from grpo_engine.types import Generation, GenerationRequest, Rollout, SamplingParams, UserError
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -73,14 +72,12 @@ def sample_rollouts(
 
 
 def _rollout(tokenizer: Any, prompt: Prompt, group: int, generation: Generation) -> Rollout:
-    ids = generation.completion_ids
-    text_ids = ids[:-1] if generation.finish_reason == "stop" else ids
     return Rollout(
         row=prompt.row,
         prompt=prompt.text,
         prompt_ids=prompt.token_ids,
-        completion=tokenizer.decode(text_ids, skip_special_tokens=False),
-        completion_ids=ids,
+        completion=tokenizer.decode(generation.text_ids, skip_special_tokens=False),
+        completion_ids=generation.completion_ids,
         sampler_logprobs=generation.sampler_logprobs,
         finish_reason=generation.finish_reason,
         group=group,
@@ -142,7 +139,7 @@ class RolloutArrays:
     prompt_lengths: np.ndarray  # [R] int64
     completion_lengths: np.ndarray  # [R] int64
     counted: np.ndarray  # [R] bool: scorable, so part of the loss's denominator
-    kept: np.ndarray  # [R] bool: not masked for being cut by the cap
+    unmasked: np.ndarray  # [R] bool: not masked for being cut by the cap
     live: np.ndarray  # [R] bool: has a gradient, so worth a forward pass
     max_completion_length: int  # the cap it was sampled under
     token_ids: Tensor  # [sum(prompt + completion)] int64
@@ -151,8 +148,8 @@ class RolloutArrays:
     advantages: Tensor  # [R] fp32
     old_logprobs: Tensor | None = None  # [T] fp32
     ref_logprobs: Tensor | None = None  # [T] fp32
-    support_ids: np.ndarray | None = None  # the two of ``Support``, where the sampler truncates
-    support_counts: np.ndarray | None = None
+    support: Support | None = None  # of the T tokens, where the sampler truncates
+    sampled_step: int | None = None  # optimiser steps done by the weights that it was drawn from
     order: list[np.ndarray] = field(
         default_factory=list
     )  # mini-batches still to do, rollout indices
@@ -182,7 +179,7 @@ class RolloutArrays:
         entropy term their gradient is exactly zero, and they are never packed (they still count in
         the denominator)."""
         self.counted = np.array([r.reward is not None for r in rollouts])
-        self.live = self.counted & self.kept
+        self.live = self.counted & self.unmasked
         if drop_dead:
             self.live &= np.array([r.advantage != 0.0 for r in rollouts])
         self.advantages = torch.tensor(
@@ -201,7 +198,7 @@ class RolloutArrays:
         max_completion_length: int,
     ) -> RolloutArrays:
         """Of rollouts that are still being scored, as if all of them came to count."""
-        kept = np.array([not mask_truncated or r.finish_reason == "stop" for r in rollouts])
+        unmasked = np.array([not mask_truncated or r.finish_reason == "stop" for r in rollouts])
         completion_ids = [t for r in rollouts for t in r.completion_ids]
         token_ids = [t for r in rollouts for t in (*r.prompt_ids, *r.completion_ids)]
         known = rollouts[0].support is not None
@@ -210,8 +207,8 @@ class RolloutArrays:
             prompt_lengths=np.array([len(r.prompt_ids) for r in rollouts]),
             completion_lengths=np.array([len(r.completion_ids) for r in rollouts]),
             counted=np.ones(len(rollouts), dtype=bool),
-            kept=kept,
-            live=kept,
+            unmasked=unmasked,
+            live=unmasked,
             max_completion_length=max_completion_length,
             token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
             completion_ids=torch.tensor(completion_ids, dtype=torch.int64, device=device),
@@ -221,19 +218,12 @@ class RolloutArrays:
                 device=device,
             ),
             advantages=torch.zeros(len(rollouts), device=device),
-            support_ids=None if support is None else support.ids,
-            support_counts=None if support is None else support.counts,
+            support=support,
         )
 
     @property
     def lengths(self) -> np.ndarray:
         return self.prompt_lengths + self.completion_lengths
-
-    @cached_property
-    def support(self) -> Support | None:
-        if self.support_ids is None:
-            return None
-        return Support(self.support_ids, self.support_counts)
 
     def micro_batch(self, indices: Sequence[int], vocab: int) -> MicroBatch:
         """Pack the sequences ``indices``, in that order. ``vocab``: rows of the head."""
@@ -257,7 +247,7 @@ class RolloutArrays:
                 _offsets(self.completion_lengths)[chosen],
                 self.completion_lengths[chosen],
             )
-            kept = self.support.take(spans(starts, counts)).kept(vocab, device)
+            kept = self.support.kept(vocab, device, spans(starts, counts))
         return MicroBatch(packed=packed, rows=rows.to(device), completions=completions, kept=kept)
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -265,7 +255,10 @@ class RolloutArrays:
         tensors = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name == "order":
+            if f.name == "support":
+                if value is not None:
+                    tensors |= value.to_tensors("support.")
+            elif f.name == "order":
                 for k, mini_batch in enumerate(value):
                     tensors[f"order.{k:05d}"] = torch.as_tensor(mini_batch)
             elif value is not None:
@@ -275,10 +268,19 @@ class RolloutArrays:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> RolloutArrays:
-        on_host = ("prompt_lengths", "completion_lengths", "counted", "kept", "live")
-        on_host += tuple(n for n in ("support_ids", "support_counts") if n in tensors)
+        on_host = ("prompt_lengths", "completion_lengths", "counted", "unmasked", "live")
+        for name in on_host:
+            if name not in tensors:
+                raise UserError(
+                    f"the saved rollout has no {name!r}: another version of grpo_engine wrote it; "
+                    "resume from a checkpoint between two rollouts"
+                )
         values: dict[str, Any] = {name: tensors[name].numpy() for name in on_host}
-        values["max_completion_length"] = int(tensors["max_completion_length"])
+        if "support.ids" in tensors:
+            values["support"] = Support.from_tensors(tensors, "support.")
+        for name in ("max_completion_length", "sampled_step"):
+            if name in tensors:
+                values[name] = int(tensors[name])
         for f in fields(cls):
             if f.name not in values and f.name in tensors:
                 values[f.name] = tensors[f.name].to(device)
@@ -339,7 +341,7 @@ def rollout_metrics(
         rows |= {f"rewards/{name}/{o}_rate": share for o, share in report.rates(name).items()}
         if name in report.first_errors:
             rows[f"rewards/{name}/first_error"] = report.first_errors[name]
-    return rows
+    return rows | {name: float(np.mean(values)) for name, values in report.measures.items()}
 
 
 def domain_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from grpo_engine.types import UserError
 
 RUN_FILES = (
     *("config.yaml", "metrics.jsonl", "manifest.json", "results.json", "report.html"),
-    "completions",
+    *("completions", "vllm.log"),
 )
 
 SOURCES = (

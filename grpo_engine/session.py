@@ -24,7 +24,7 @@ from grpo_engine.manifest import (
     weights_sha256,
 )
 from grpo_engine.metrics import CompletionsLog, MetricsLog, health_warnings, write_atomically
-from grpo_engine.progress import FIGURES, Figure, Progress, say
+from grpo_engine.progress import FIGURES, Figure, Progress, counted, say
 from grpo_engine.report import write_report
 from grpo_engine.reward_hacking import hacking_warnings
 from grpo_engine.run_folder import (
@@ -78,6 +78,10 @@ class Session:
     def before_update(self) -> None:
         """Called before each update. May be cut short by a signal, and is then done again, so it
         leaves the run unchanged until it is through."""
+
+    def versions(self) -> dict[str, str]:
+        """For the manifest: of what the run has found itself connected to."""
+        return {}
 
     def warnings(self, row: dict[str, Any]) -> list[str]:
         """What looks wrong in a row, before it is written."""
@@ -146,7 +150,8 @@ class Session:
                 row = row | metrics
             except (StopRequested, *self.FAILURES) as error:
                 stop = error
-            row["time/eval"] = self.run.watch.lap().get("time/eval", 0.0)
+            lap = self.run.watch.lap()  # weights for the sampler included
+            row["time/eval"] = sum(seconds for key, seconds in lap.items() if key != "time/step")
         row["wall"] = time.time()
         if warnings := self.warnings(row):
             row["warnings"] = warnings
@@ -235,7 +240,7 @@ def finish(session: Session, manifest: Manifest, checkpoint: Path | None) -> int
         session.open_logs(None if checkpoint is None else run.step)
         session.train()
         code, status = 0, "finished"
-        line = f"finished {run.step} steps"
+        line = f"finished {counted(run.step, 'step')}"
         if session.saved_step == run.step:  # not after a last update that was skipped
             manifest.update(outputs={"model": saved_model(session)})
     except StopRequested:
@@ -246,7 +251,8 @@ def finish(session: Session, manifest: Manifest, checkpoint: Path | None) -> int
     except RunAborted as error:
         line = f"stopped: {error}"
     finally:
-        manifest.update(status=status, finished=now(), steps=run.step)
+        versions = {**manifest.values.get("versions", {}), **session.versions()}
+        manifest.update(status=status, finished=now(), steps=run.step, versions=versions)
         if session.log is not None:
             session.log.close()
     report = write_report(folder)
@@ -286,8 +292,9 @@ def resumed_values(folder: Path, checkpoint: Path, inputs: dict[str, Any]) -> di
     """The manifest of the run that is continued. UserError if its inputs have changed."""
     values = check_same_inputs(folder, inputs)
     resumed = {"at": now(), "from": checkpoint.name}
-    if "sandbox" in inputs:  # found out anew: it may be another machine
-        resumed["sandbox"] = inputs["sandbox"]
+    for name in ("sandbox", "generator"):  # found out anew: it may be another machine
+        if name in inputs:
+            resumed[name] = inputs[name]
     return values | {"resumed": [*values.get("resumed", []), resumed]}
 
 

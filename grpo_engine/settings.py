@@ -168,6 +168,61 @@ class PromptConfig(Settings):
     )
 
 
+class SamplerConfig(Settings):
+    """What draws the tokens (``generation.build``). All of it may change when a run is continued:
+    the distribution stays, the tokens that a seed stands for do not."""
+
+    generator: Literal["hf", "vllm"] = Field(
+        "hf", description="hf: transformers, with the policy's own weights; vllm: an engine beside"
+    )
+    vllm_mode: Literal["colocate", "server"] = Field(
+        "colocate", description="an engine that the run starts, or your own `vllm serve`"
+    )
+    vllm_server_base_url: str | None = Field(
+        None, description="of the server, such as http://localhost:8000"
+    )
+    vllm_server_timeout: float = Field(
+        240.0, gt=0, description="seconds to wait for the server to answer at the start"
+    )
+    vllm_gpu_memory_utilization: float = Field(
+        0.3, gt=0, le=1, description="share of a GPU's memory for the engine (colocate)"
+    )
+    vllm_tensor_parallel_size: int = Field(1, ge=1, description="GPUs of the engine (colocate)")
+    vllm_max_model_length: int | None = Field(
+        None, ge=1, description="most tokens of a sequence (colocate); null = what the run needs"
+    )
+    vllm_enable_sleep_mode: bool = Field(
+        False, description="give the engine's device memory back while the policy is trained"
+    )
+    generation_timeout: float = Field(
+        600.0,
+        gt=0,
+        description="seconds without any progress after which the engine counts as dead",
+    )
+
+    def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
+        yield from self._engine_problems()
+
+    def _engine_problems(self) -> Iterator[str]:
+        server = ("vllm_server_base_url", "vllm_server_timeout")
+        ours = ("gpu_memory_utilization", "tensor_parallel_size", "max_model_length")
+        colocate = [f"vllm_{name}" for name in ours]
+        if self.generator == "hf":
+            without = "generator 'vllm'"
+            names = [*SamplerConfig.model_fields]
+        elif self.vllm_mode == "server":
+            without, names = "vllm_mode 'colocate'", colocate
+            if self.vllm_server_base_url is None:
+                yield "vllm_mode='server': needs --vllm_server_base_url"
+        else:
+            without, names = "vllm_mode 'server'", server
+        for name in names:
+            value = getattr(self, name)
+            if name != "generator" and value != SamplerConfig.model_fields[name].default:
+                yield f"{name}={value!r}: has no meaning without {without}"
+
+
 StageConfig = TypeVar("StageConfig", bound=Settings)
 
 

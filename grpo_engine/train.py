@@ -7,21 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from grpo_engine.config import GRPOConfig
+from grpo_engine.generation.build import sampler_words
 from grpo_engine.prepare import build_run, check_loss_options
 from grpo_engine.rewards import RewardError
 from grpo_engine.session import Session, run_stage
+from grpo_engine.types import GeneratorError
 
 
 class GRPOSession(Session):
-    FAILURES = (*Session.FAILURES, RewardError)
+    FAILURES = (*Session.FAILURES, RewardError, GeneratorError)
 
     def before_update(self) -> None:
-        """Sample and score a rollout where none is pending."""
+        """Sample and score a rollout where none is pending; have the next one begun if it is to be
+        sampled ahead."""
+        if self.run.arrays is None:
+            self._new_rollout()
+        with self.interrupt.abortable():
+            self.run.sample_ahead()
+
+    def _new_rollout(self) -> None:
         run, config = self.run, self.run.config
-        if run.arrays is not None:
-            return
         with self.interrupt.abortable():
             rollouts, arrays, rows = run.rollout()
+        notes = getattr(run.generator, "notes", ()) if self.sample is None else ()
+        for note in notes:  # once, as soon as there is an engine
+            self.screen.message(note)
         if not arrays.counted.any():
             raise RewardError(f"no answer of the rollout could be scored ({unscored(rows)})")
         every = config.log_completions_steps
@@ -32,9 +42,13 @@ class GRPOSession(Session):
 
     def summary(self) -> dict[str, Any]:
         config = self.run.config
-        return {
-            "outputs per rollout": f"{config.prompts_per_generation} x {config.num_generations}"
-        }
+        outputs = f"{config.prompts_per_generation} x {config.num_generations}"
+        sampler = {} if config.generator == "hf" else {"sampler": sampler_words(config)}
+        return {"outputs per rollout": outputs, **sampler}
+
+    def versions(self) -> dict[str, str]:
+        engine = getattr(self.run.generator, "engine", None)  # a server's is known once it answers
+        return {} if engine is None else {"vllm": engine.version}
 
     def plan(self) -> dict[str, str]:
         run, config = self.run, self.run.config
@@ -48,6 +62,8 @@ class GRPOSession(Session):
             "held out": f"{len(self.held_out.prompts) if self.held_out else 0} prompts",
             "rollout": f"{config.prompts_per_generation} prompts x {config.num_generations} = "
             f"{outputs} outputs of at most {config.max_completion_length} tokens",
+            "sampler": sampler_words(config)
+            + (", a rollout ahead of the updates" if config.rollouts_ahead else ""),
             "steps": f"{config.max_steps}: {rollouts} rollouts x {updates} updates of "
             f"{outputs // config.steps_per_generation} outputs",
             "epochs": f"{run.stream.epochs(rollouts):.2f}",

@@ -18,6 +18,11 @@ class UserError(Exception):
     """
 
 
+class GeneratorError(Exception):
+    """A sampler that died, hangs, or does not have the weights it should have: not the user's
+    mistake. It ends a command with what was done saved, and exit code 1."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How completions are drawn. The sampler's distribution is softmax(logits / temperature), cut
@@ -70,6 +75,11 @@ class Generation:
     sampler_logprobs: list[float]
     finish_reason: FinishReason
     support: Support | None = None  # of its tokens, if asked for
+
+    @property
+    def text_ids(self) -> list[int]:
+        """``completion_ids`` without the id that ended them."""
+        return self.completion_ids[:-1] if self.finish_reason == "stop" else self.completion_ids
 
 
 @dataclass

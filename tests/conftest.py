@@ -1,5 +1,5 @@
 """Shared test set-up: pinned environment, poisoned memory, and who runs the
-marks `triton` and `gpu`.
+marks `triton`, `gpu` and `vllm`.
 
 `pytest` runs everything that needs neither a GPU nor Triton; `TRITON_INTERPRET=1 pytest -m triton`
 runs the Triton kernels on the CPU through Triton's interpreter. The two cannot share one process:
@@ -34,7 +34,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     has_cuda = torch.cuda.is_available()
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     has_triton = importlib.util.find_spec("triton") is not None
+    has_vllm = importlib.util.find_spec("vllm") is not None
     for item in items:
+        if item.get_closest_marker("vllm") and not has_vllm:
+            item.add_marker(pytest.mark.skip(reason="vLLM is not installed: make test-vllm"))
         if item.get_closest_marker("gpu") and not has_cuda:
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
         if item.get_closest_marker("triton"):

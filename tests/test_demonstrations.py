@@ -262,17 +262,41 @@ def test_a_prefix_must_not_stand_twice(tokenizer, tmp_path):
         tokens(tokenizer, tmp_path, rows, response_prefix="<think>")
 
 
-def test_a_think_tag_must_not_stand_twice(tokenizer, tmp_path):
-    """Some chat templates open the tag; completions as grpo-engine sample writes them hold it."""
-    opening = TURNS.replace("<assistant>{% endif %}", "<assistant><think>?{% endif %}")
-    for template, prefix in ((opening.replace("?{%", "\n{%"), None), (TURNS, "<think>\n")):
-        chat = with_template(tokenizer, template)
-        changes = {"prompt_template": "chat", "response_prefix": prefix}
-        rows = [{"prompt": "1+1=", "completion": " <think>well</think>2"}]
-        with pytest.raises(UserError, match="row 1: the completion begins with <think>, which"):
-            tokens(chat, tmp_path, rows, **changes)
-        ((ids, _),) = tokens(chat, tmp_path, [{"prompt": "1+1=", "completion": "2"}], **changes)
-        assert tokenizer.decode(ids).count("<think>") == 1
+OPENING = TURNS.replace("<assistant>{% endif %}", "<assistant><think>\n{% endif %}")
+
+
+def test_a_think_tag_of_the_users_must_not_stand_twice(tokenizer, tmp_path):
+    chat = with_template(tokenizer, TURNS)
+    changes = {"prompt_template": "chat", "response_prefix": "<think>\n"}
+    rows = [{"prompt": "1+1=", "completion": " <think>well</think>2"}]
+    with pytest.raises(UserError, match="row 1: the completion begins with <think>, which"):
+        tokens(chat, tmp_path, rows, **changes)
+    ((ids, _),) = tokens(chat, tmp_path, [{"prompt": "1+1=", "completion": "2"}], **changes)
+    assert tokenizer.decode(ids).count("<think>") == 1
+
+
+@pytest.mark.parametrize(
+    ("completion", "learned"),
+    [
+        ("<think>well</think>2", "well</think>2<eos>"),  # as grpo-engine sample writes it
+        ("<think>\nwell</think>2", "well</think>2<eos>"),  # the template's line break as well
+        ("<think> well</think>2", " well</think>2<eos>"),
+        (" <think>well</think>2", "well</think>2<eos>"),
+        ("well</think>2", "well</think>2<eos>"),
+        ("no <think>well</think>2", "no <think>well</think>2<eos>"),
+    ],
+)
+def test_a_think_tag_that_the_template_opens_is_there_once(
+    tokenizer, tmp_path, completion, learned
+):
+    chat = with_template(tokenizer, OPENING)
+    rows = [{"prompt": "1+1=", "completion": completion}]
+    ((ids, mask),) = tokens(chat, tmp_path, rows, prompt_template="chat")
+    assert ids.tolist() == chat(f"<user>1+1=.<assistant><think>\n{learned}")["input_ids"]
+    assert spoken(chat, ids, mask) == [learned]
+    ((plain, _),) = tokens(with_template(tokenizer, TURNS), tmp_path, rows, prompt_template="chat")
+    ends = tokenizer(f"<assistant>{completion}<eos>")["input_ids"]
+    assert plain.tolist()[-len(ends) :] == ends, "another template leaves it as it is"
 
 
 def test_a_tokenizer_that_puts_a_space_before_a_completion(tmp_path):

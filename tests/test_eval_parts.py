@@ -9,9 +9,11 @@ from grpo_engine.evaluate import bootstrap_ci95, cons_at_k, pass_at_k
 from grpo_engine.evaluation.config import build_eval_config
 from grpo_engine.evaluation.problems import count_overlap, load_problems
 from grpo_engine.evaluation.results import figures, warnings
-from grpo_engine.evaluation.samples import Sample, SampleFile, fingerprint, plan_batches
+from grpo_engine.evaluation.samples import Sample
 from grpo_engine.evaluation.votes import Votes
 from grpo_engine.rewards.choice import choice_reward, chosen_letters
+from grpo_engine.sampling import samples as samples_module
+from grpo_engine.sampling.samples import fingerprint, plan_batches
 from grpo_engine.types import UserError
 
 
@@ -23,6 +25,10 @@ def sample(row, number, answer, score, *, outcome="ok", reason="stop", length=10
 
 def samples(row, *pairs):
     return [sample(row, number, *pair) for number, pair in enumerate(pairs)]
+
+
+def SampleFile(folder, key_of):
+    return samples_module.SampleFile(folder, key_of, kind=Sample, work="evaluation")
 
 
 def write(path, *rows):
@@ -150,6 +156,7 @@ def test_samples_file_reads_back_what_was_written(tmp_path):
     batch = samples(1, ("2", 1.0), (None, 0.0)) + samples(2, ("\u4f60\n", None))
     with SampleFile(tmp_path, key_of) as file:
         file.append(batch, [{"solution": "2"}] * 3)
+        assert list(file.samples.values()) == batch, "from the disk, as it is written"
     with SampleFile(tmp_path, key_of) as file:
         assert list(file.samples.values()) == batch
     lines = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()

@@ -33,6 +33,17 @@ def test_mixed_languages_in_the_reasoning():
     assert fault(mixed, min_language_share=0.1) is None
 
 
+def test_a_leak_of_a_few_characters_in_a_long_answer():
+    leaked = CLEAN.replace("makes", "makes " + "I see that it is so. " * 500 + "因此 now")
+    assert fault(leaked, max_repeated_share=None, max_paragraph_words=None) is None
+    limits = {"max_repeated_share": None, "max_paragraph_words": None}
+    assert fault(leaked, **limits, max_off_script_characters=1) == "mixed_language"
+    assert fault(leaked, **limits, max_off_script_characters=2) is None
+    assert fault(CLEAN + " 三", max_off_script_characters=0) == "mixed_language"  # in the summary
+    assert fault(CLEAN + " 三", max_off_script_characters=0, prompt="2+3=") is None
+    assert fault(CLEAN, max_off_script_characters=0) is None
+
+
 def test_the_language_is_the_rows_before_the_prompts():
     chinese = "<think>二加三等于五。</think>\n五"
     assert fault(chinese) == "mixed_language"
@@ -73,6 +84,7 @@ def test_repetition_counts_the_whole_answer():
     ("options", "named"),
     [
         ({"min_language_share": 1.5}, "min_language_share"),
+        ({"max_off_script_characters": -1}, "max_off_script_characters must be >= 0, got -1"),
         ({"max_repeated_share": -0.1}, "max_repeated_share"),
         ({"max_paragraph_words": 0}, "max_paragraph_words"),
         ({"ngram_size": 0}, "ngram_size"),

@@ -39,6 +39,8 @@ def test_the_format_is_rewarded(completion):
         "<think>a</think> 4",
         "<think>a</think> <answer></answer>",
         "<think>a</think> <answer> \n\t</answer>",
+        "<think>a</think> <answer>\u200b</answer>",  # nothing that can be seen
+        "<think>a</think> <answer>\u2060 \u3164\ufeff</answer>",
         "<think>a <answer>4</answer>",
         "<think>a</think> <answer>4",
         "<answer>4</answer> <think>a</think>",
@@ -109,6 +111,7 @@ def test_reasoning_then_a_summary_is_readable(completion):
         "<think>a",
         "<think>a</think>",
         "<think>a</think> \n\t",
+        "<think>a</think>\u200b",
         "a</think>b",
         "So: <think>a</think>b",
         "<think>a</think>b<think>c</think>d",

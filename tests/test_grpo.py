@@ -321,7 +321,7 @@ def test_the_rest_of_a_resumed_rollout_keeps_the_time_it_took_to_sample(inputs, 
     again = build_config(settings(inputs, tmp_path, max_steps=4))
     assert train_grpo(again, resume=str(tmp_path)) == 0
     *_, third, fourth = read_metrics(tmp_path)
-    phases = ("generate", "reward", "old_logprobs", "ref_logprobs")
+    phases = ("sync_weights", "generate", "reward", "old_logprobs", "ref_logprobs")
     assert seconds == pytest.approx(sum(third.get(f"time/{p}", 0) for p in phases) / 2, rel=1e-6)
     for before, row in ((read_metrics(tmp_path)[1], third), (third, fourth)):
         tokens = row["num_tokens"] - before["num_tokens"]

@@ -72,6 +72,33 @@ def test_mathematics_is_no_place_to_hide():
     assert share("The answer is `因此` clear", "en") == pytest.approx(4 / 6)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "因此 <b therefore the answer is so>",
+        "因此 <therefore><the><answer>",
+        '因此 <b title="the answer">',
+        "因此 therefore_the_answer_is_three",
+        "因此 therefore1the2answer",
+        "因此 __therefore__ the_1answer",
+    ],
+)
+def test_tags_and_names_are_no_place_to_hide(text):
+    assert share(text, "zh") <= 0.5
+
+
+def test_addresses_are_no_place_to_hide():
+    assert share("so https://因此答案是三", "en") < 0.5
+
+
+def test_what_is_written_before_the_reasoning_is_reasoning():
+    evaded = "因此答案是三" * 20 + "<think>ok fine</think> 3"
+    [score] = language_consistency_reward([evaded], prompts=["What is 1 + 2?"])
+    assert score == 2 / 122
+    [score] = language_consistency_reward([evaded.replace("</think>", "")], ["What is 1 + 2?"])
+    assert score < 0.1
+
+
 def test_two_prices_are_not_mathematics():
     text = "It costs $5 and then\nthe other one costs $6 in all"
     assert measure_language(text, "en").words == measure_language(text.replace("$", ""), "en").words
@@ -95,7 +122,9 @@ def test_text_quoted_from_the_prompt_is_not_counted():
         ("a</think> b", "a", " b"),  # the prompt ended in <think>
         ("<think>a", "a", ""),
         ("a", "a", ""),
-        ("x <think>a</think> b </think> c", "a</think> b ", " c"),
+        ("x <think>a</think> b </think> c", "x a</think> b ", " c"),
+        ("\n<think>a</think> b", "a", " b"),
+        ("x <think>a", "x a", ""),
     ],
 )
 def test_reasoning_and_answer_are_told_apart(text, thinking, answer):
@@ -180,7 +209,11 @@ def test_any_text_has_a_share_between_0_and_1(text, language):
 
 
 @pytest.mark.parametrize(
-    "piece", ["\\[", "$", "$$", "`", "```", "<", "</", "“", '"', "a", "a1_", "因", "\\", "https://"]
+    "piece",
+    [
+        *("\\[", "$", "$$", "`", "```", "<", "</", "“", '"', "a", "a1_", "因", "\\", "https://"),
+        *("abc1", "ab_", "_", "<b"),
+    ],
 )
 def test_hostile_text_is_read_in_linear_time(piece):
     start = time.perf_counter()
@@ -229,6 +262,18 @@ def test_with_the_real_detector():
     text = "La réponse est donc simple et claire. But now I will switch to English for a while."
     assert share(text, "fr") == pytest.approx(7 / 15)
     assert share(text, "de", alternatives=("en", "fr")) == 0.0
+
+
+def test_a_leak_is_measured_in_the_reasoning_and_in_the_answer_apart():
+    texts = ["<think>" + "So it is clear. " * 500 + "因此</think> 三", "<think>So</think> 3"]
+    with RewardPool([RewardSpec("language", "language")], num_workers=2) as pool:
+        prompts = ["What is 1 + 2?"] * 2
+        report = pool.score(prompts=prompts, completions=texts, columns={"prompt": prompts})
+    assert report.scores["language"][0] > 0.99
+    assert report.measures == {
+        "language/off_script_characters/answer": [0, 1],
+        "language/off_script_characters/thinking": [0, 2],
+    }
 
 
 def test_in_a_pool_the_row_s_own_prompt_decides_and_not_the_template_around_it():

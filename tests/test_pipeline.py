@@ -203,6 +203,12 @@ def test_a_model_is_no_data_and_data_no_model():
         values = {"stages": [tune, draw, last]}
         with pytest.raises(UserError, match=re.escape(f"stage last: --{field} {value}: {words}")):
             build(read_pipeline(values, (), STAGES), STAGES)
+    model = {**base, "name": "last", "stage": "sft", "chat_template": "{tune}"}
+    with pytest.raises(UserError, match="a stage of sft gives a model there, wanted a file"):
+        build(read_pipeline({"stages": [tune, model]}, (), STAGES), STAGES)
+    judged = {"name": "last", "stage": "preferences", "dataset": "rows.jsonl", "judge": "{draw}"}
+    with pytest.raises(UserError, match="a stage of sample gives data there, wanted a model"):
+        build(read_pipeline({"stages": [draw, judged]}, (), STAGES), STAGES)
     right = {"name": "last", "stage": "sft", "model": "{tune}", "dataset": "{draw}"}
     build(read_pipeline({"stages": [tune, draw, right]}, (), STAGES), STAGES)
 

@@ -26,7 +26,7 @@ def test_where_an_outside_file_lies_does_not_count(tmp_path):
         source.write_text(text)
 
     def listed(source):
-        first = {"name": "a", "stage": "toy", "model": str(source)}
+        first = {"name": "a", "stage": "toy", "extras": {"dataset": str(source)}}
         return [first, {"name": "b", "stage": "toy", "model": "{a}"}, {"name": "c", "stage": "toy"}]
 
     assert run(folder, listed(sources[0])) == 0

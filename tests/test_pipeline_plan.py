@@ -2,6 +2,7 @@
 whose size is known."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from grpo_engine.pipeline.memory import (
     training_memory,
 )
 from grpo_engine.pipeline.plan import count, size
+from grpo_engine.pipeline.run import run_pipeline
 from grpo_engine.pipeline.stages import STAGES, build
 from grpo_engine.policy import Policy
 from grpo_engine.reward_hacking import WINDOW
@@ -286,7 +288,7 @@ def test_recipes_validate_and_dry_run(name, tmp_path, monkeypatch, capsys):
     recipe = yaml.safe_load(Path(recipe_file(name)).read_text())
     for stage in recipe["stages"]:
         assert stage["name"] in out
-    assert "tokens, at most: " in out
+    assert "\ntokens, " in out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -302,6 +304,15 @@ def test_the_r1_recipe_says_what_it_cannot_know(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "size and memory unknown: deepseek-ai/DeepSeek-V3-Base" in out
     assert "not there yet: train.jsonl (for r1-zero, cold-start-data, reasoning-rl" in out
+    assert re.search(
+        r"\ntokens, known stages only: at most \d+ B generated, \d+ B trained on; ", out
+    )
+    assert "15 of 20 stages unknown, see ? above" in out
+    judged = "rejection-sampling, helpful-pairs, safety-labels"
+    assert f"endpoints: http://localhost:8000/v1 (for cold-start-data, {judged})" in out
+    assert "more models: deepseek-ai/DeepSeek-V3-Base (for cold-start-data)" in out
+    assert "stops at cold-start-data until a person has edited cold-start-edits.jsonl" in out
+    assert "tokens that come on top: held-out answers and what judges and rewriters read" in out
     assert main(["r1", "--recipe", "r1"]) == 2
     assert "stage r1-zero: --dataset train.jsonl: no such file" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -354,6 +365,45 @@ def test_the_r1_recipe_lets_the_reward_hacking_monitor_speak(tmp_path, monkeypat
     assert "#   held-out.jsonl " in recipe_file("r1").read_text()
     last = learning["all-scenario-rl"]
     assert last.preference_steps // last.eval_steps >= 2 * WINDOW
+
+
+def test_the_r1_recipe_makes_its_cold_start_in_all_ways_of_the_paper():
+    """Section B.3.2 and v1 2.3.1, as the recipe of that stage alone has it."""
+    recipe = yaml.safe_load(recipe_file("r1").read_text())
+    alone = yaml.safe_load(recipe_file("cold-start-data").read_text())
+    [stage] = [s for s in recipe["stages"] if s["name"] == "cold-start-data"]
+    for name in ("generators", "few_shot", "general_dataset", "edit_file", "rewrite"):
+        assert stage[name] == alone[name], name
+    assert [one["method"] for one in stage["generators"]] == ["r1-zero", "few-shot", "direct"]
+    assert "#   trivial.jsonl " in recipe_file("r1").read_text()
+
+
+def test_the_miniature_saves_and_replaces_its_reference_within_each_stage_of_rl():
+    """So that a kill costs a few steps, and the reference moves as the paper's does."""
+    recipe = yaml.safe_load(recipe_file("miniature").read_text())
+    stages = build(read_pipeline(recipe, (), STAGES), STAGES)
+    learning = [stage.config for stage in stages if stage.kind_name == "grpo"]
+    assert len(learning) >= 5
+    for config in learning:
+        assert config.save_steps <= 20 < config.max_steps
+        assert config.ref_model_sync_steps < config.max_steps
+
+
+def test_a_bound_is_said_only_where_every_stage_has_one(tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1", "solution": "2"}\n' * 10)
+    sample = {"name": "data", "stage": "sample", "dataset": str(tmp_path / "prompts.jsonl")}
+    sample |= {"num_samples": 4, "max_completion_length": 48}
+    unknown = {**sample, "name": "more", "dataset": "hub/x"}
+
+    def planned(*stages):
+        values = {"output_dir": str(tmp_path / "run"), "stages": list(stages)}
+        assert run_pipeline(read_pipeline(values, (), STAGES), STAGES, dry_run=True) == 0
+        return capsys.readouterr().out
+
+    out = planned(sample, rl("zero"))
+    assert f"tokens, at most: {count(10 * 4 * 48 + 3 * 16 * 16)} generated" in out
+    out = planned(sample, unknown)
+    assert "tokens, known stages only: at most 1.92 k generated, 0 trained on; 1 of 2 stages" in out
 
 
 def test_a_wrong_field_in_a_late_stage_of_a_dry_run(tmp_path, monkeypatch, capsys):

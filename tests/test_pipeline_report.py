@@ -16,6 +16,7 @@ from grpo_engine.report.pipeline import headline, write_pipeline_report
 from grpo_engine.report.pipeline_record import load_pipeline
 from grpo_engine.report.reflection import correction, find_moment, reflective_words
 from grpo_engine.report.stage_diagram import _nodes, lanes_of
+from grpo_engine.report.stage_tables import paired_shares
 from grpo_engine.types import UserError
 
 HEADINGS = [
@@ -112,6 +113,20 @@ def test_distillation_is_set_against_rl_on_the_same_student(html):
     section = text[text.index("Distillation or RL") : text.index("Votes of several")]
     assert "Here distillation is ahead of RL on the same student: 71.9 % and 21.9 %" in section
     assert "the intervals do not meet" in section and "3,000" in section
+    # Two right samples of four more on each of the eight problems.
+    words = (
+        "Problem by problem, distillation less RL is +50.0 points (95 % interval +50.0 to +50.0)"
+    )
+    assert words in section
+
+
+def test_shares_are_paired_by_problem():
+    one = {"correct": [0, 2, 4], "rows": [3, 5, 9], "num_samples": 4}
+    other = {"correct": [2, 1, 1], "rows": [9, 5, 4], "num_samples": 2}
+    assert paired_shares(one, other).value == 0.0 + (0.5 - 0.5) / 2  # rows 5 and 9
+    assert paired_shares(one, {**other, "correct": [1, 2, 1]}).value == (0.5 - 1 + 1 - 0.5) / 2
+    assert paired_shares(one, {**other, "correct": [2, 2, 0]}).value == 0.25
+    assert paired_shares(one, {**other, "rows": [9, 4, 2]}) is None
 
 
 def test_curves_hold_the_logged_values(html):
@@ -248,10 +263,60 @@ def test_without_a_correction_the_page_says_so(tmp_path):
         ("2*3=5; however 2*3=6", ("2*3=5", "however", "2*3=6")),
         ("-4+1=-5, wrong: -4+1=-3", ("-4+1=-5", "wrong", "-4+1=-3")),
         ("buttery 1+1=3 1+1=2", None),
+        (
+            r"$12 \times 13 = 146$. Wait, $12 \times 13 = 156$.",
+            ("12 * 13 = 146", "Wait", "12 * 13 = 156"),
+        ),
+        (
+            r"\(12 \cdot 13 = 146\), an error: 12 × 13 = \boxed{156}",
+            ("12 * 13 = 146", "error", "12 × 13 = 156"),
+        ),
+        (
+            "(3 + 4) * 2 = 13. Wait, (3 + 4) * 2 = 14.",
+            ("(3 + 4) * 2 = 13", "Wait", "(3 + 4) * 2 = 14"),
+        ),
+        ("(3 + 4) * 2 = 13. Wait, 4 * 2 = 8.", None),
+        ("x = 5. Wait, so x = 7.", ("x = 5", "Wait", "x = 7")),
+        ("x = 5, but also x = 7", None),  # a second solution
+        (r"x_1 = \frac{1}{2}, wrong: x_1 = 1/3", ("x_1 = 1/2", "wrong", "x_1 = 1/3")),
+        (
+            "5 apples * 3 = 14. Wait: 5 apples * 3 = 15.",
+            ("5 apples * 3 = 14", "Wait", "5 apples * 3 = 15"),
+        ),
+        (
+            r"2x + 3(x - 1) = 4 but 2x+3(x-1)=7",
+            ("2x + 3(x - 1) = 4", "but", "2x+3(x-1)=7"),
+        ),
+        (
+            r"$\sqrt{16} + 1 = 4$; wait, $\sqrt{16}+1 = 5$",
+            ("sqrt(16) + 1 = 4", "wait", "sqrt(16)+1 = 5"),
+        ),
+        ("3 >= 2, wait 3 <= 2 and 3 == 3", None),
+        ("2 * 9+8=15 wait 9+8=17", None),
+        ("1+2=3+4=8 but 3+4=7", None),
+        ("√3+4=5 wait 3+4=7", None),
     ],
 )
 def test_a_correction_is_a_changed_result_after_a_word(text, found):
     assert correction(text) == found
+
+
+def test_the_papers_own_moment_is_shown_for_its_words_where_no_answer_corrects_itself(tmp_path):
+    transcript = r"""<think> To solve $\sqrt{a - \sqrt{a+x}} = x$, let's start by squaring both
+sides: $\left(\sqrt{a-\sqrt{a+x}}\right)^2 = x^2 \implies a - \sqrt{a + x} = x^2$. Rearrange to
+isolate the inner square root term: $(a - x^2)^2 = a + x$. ... Wait, wait. Wait. That's an
+aha moment I can flag here. Let's reevaluate this step-by-step to identify if the correct
+sum can be ... We started with the equation $\sqrt{a - \sqrt{a+x}} = x$.
+</think> <answer> 7 </answer>"""
+    folder = write_pipeline(tmp_path / "run", stages=1)
+    sample = {"step": 4, "prompt": "q", "completion": transcript, "rewards": {"accuracy": 1}}
+    fewer = {**sample, "completion": "wait wait 7"}
+    file = folder / "r1-zero" / "completions" / "step-000004.jsonl"
+    write_jsonl(file, [fewer, sample, {**sample, "completion": "wait " * 9, "rewards": {}}])
+    text = plain(write_pipeline_report(folder).read_text("utf-8"))
+    assert "The most reflective answer" in text and "An aha moment" not in text
+    assert "no aha moment by the rule" in text and "It has 3: wait 3." in text
+    assert "aha moment I can flag here" in text
 
 
 def test_words_are_counted_whole_and_in_either_case():
@@ -267,15 +332,23 @@ def test_a_moment_is_right_and_of_the_latest_step():
     trained = {"completion": good["completion"], "rewards": {"accuracy": 1.0}}
     assert find_moment({3: [bad]}, {1: [trained]}).held_out is False
     assert find_moment({3: [bad]}, {1: [{**trained, "rewards": {"format": 1.0}}]}) is None
+    wordy = {**good, "completion": "wait, wait, wait"}
+    assert find_moment({3: [wordy]}, {1: [trained]}).sample is trained
+    assert find_moment({3: [wordy], 4: [{**good, "completion": "wait, wait"}]}, {}).sample is wordy
+    assert find_moment({3: [{**good, "completion": "wait"}]}, {}) is None
 
 
 @pytest.mark.parametrize(
-    "piece", ["1", "1+", "1 - ", ". ", "1=1 ", "wait 1+1=2 ", "1+1=2 1+1=3 ", " ", "等等 1+1=1+1="]
+    "piece",
+    [
+        *("1", "1+", "1 - ", ". ", "1=1 ", "wait 1+1=2 ", "1+1=2 1+1=3 ", " ", "等等 1+1=1+1="),
+        *("(", "(1+", "1+(1=", "x=", "1 + 1 + 1 + 1 + 1 + 1 + 1 + 1 + 1 + 1 ! =", "\\frac{1}"),
+    ],
 )
 def test_looking_for_corrections_takes_linear_time(piece):
     begun = time.process_time()
-    correction("wait " + 50_000 * piece)
-    assert time.process_time() - begun < 5  # it takes 0.1 s; quadratic, it would take minutes
+    correction("wait " + 20_000 * piece)
+    assert time.process_time() - begun < 5  # it takes up to 1 s; quadratic, it would take minutes
 
 
 # -- what is missing, hostile or broken ------------------------------------------------------------

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -273,15 +274,42 @@ def test_overwrite_begins_anew(sampled, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("switches", [[], ["--overwrite"]])
-def test_a_second_process_touches_nothing(sampled, tmp_path, capsys, switches):
-    folder = tmp_path / "run"
-    assert prefer(folder, **sampled) == 0
+@pytest.mark.parametrize("kind", ["sampled", "given"])
+def test_a_second_process_touches_nothing(sampled, given, tmp_path, capsys, switches, kind):
+    folder, file = tmp_path / "run", {"sampled": "samples.jsonl", "given": ".lock"}[kind]
+    settings = sampled
+    if kind == "given":
+        settings = {"dataset": str(given), "answer_columns": ["answers"]}
+    assert prefer(folder, **settings) == 0
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with open(folder / "samples.jsonl") as held:
+    with open(folder / file) as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        line = refused(capsys, prefer(folder, *switches, **sampled))
+        line = refused(capsys, prefer(folder, *switches, **settings))
     assert "another process is at it" in line
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_of_two_processes_with_given_answers_one_is_refused(given, tmp_path, monkeypatch):
+    """While the first is waiting for its judge, the second comes."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder, command = tmp_path / "run", [sys.executable, "-m", "grpo_engine.cli"]
+    arrived, go_on = threading.Event(), threading.Event()
+
+    def judge(body):
+        arrived.set()
+        assert go_on.wait(60)
+        return judge_rules.answer(body["messages"])
+
+    with endpoint(judge) as fake:
+        argv = flags(folder, dataset=str(given), answer_columns=["answers"], judge=fake.url,
+                     judge_options={"model": "judge-1"})  # fmt: skip
+        first = subprocess.Popen([*command, *argv], stderr=subprocess.DEVNULL)
+        assert arrived.wait(60)
+        second = subprocess.run([*command, *argv], capture_output=True, text=True, timeout=60)
+        go_on.set()
+        assert first.wait(60) == 0
+    assert second.returncode == 2 and "another process is at it" in second.stderr
+    assert statistics_of(folder)["kept"] == 10
 
 
 def test_the_manifest_names_the_recipe(given, tmp_path):
@@ -386,8 +414,8 @@ def test_another_runs_folder_is_refused(given, tmp_path, capsys):
     assert "holds another run" in refused(capsys, prefer(folder, **options))
     assert os.listdir(folder) == ["metrics.jsonl"]
     shutil.rmtree(folder)
-    missing = refused(capsys, main(["preferences", "--dataset", str(given)]))
-    assert "--judge: needs a value" in missing
+    missing = refused(capsys, main(["preferences", "--judge", RULE]))
+    assert "--dataset: needs a value" in missing
 
 
 @pytest.mark.parametrize("name", recipe_names("preferences"))
@@ -398,3 +426,24 @@ def test_the_recipes_are_the_papers(name):
     assert config.resolved_scope == ("summary" if helpful else "response")
     assert not helpful or config.min_difference == 1.0
     assert {"preferences-helpful", "preferences-safety"} <= set(recipe_names("preferences"))
+
+
+def test_without_a_judge_the_model_judges_its_own_answers(given, tmp_path, monkeypatch):
+    from grpo_engine.preferences import run
+
+    asked = []
+
+    def load(name, **options):
+        asked.append((name, options))
+        return load_chat_model(RULE)
+
+    load_chat_model = run.load_chat_model
+    monkeypatch.setattr(run, "load_chat_model", load)
+    columns = {"dataset": str(given), "answer_columns": ["answers"], "max_length_ratio": 10}
+    values = {**columns, "model": "some/model", "device": "cpu", "judge_options": {"template": "t"}}
+    config = PreferencesConfig(**values, dtype="bfloat16", output_dir=str(tmp_path / "run"))
+    assert run.run_preferences(config) == 0
+    options = {"device": "cpu", "dtype": "bfloat16", "template": "t"}
+    assert asked == [("some/model", options)]
+    named = config.model_copy(update={"judge": "other", "judge_options": {}})
+    assert named.resolved_judge == ("other", {})

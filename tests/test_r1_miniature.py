@@ -65,9 +65,13 @@ def write_metrics(folder: Path, accuracies: list[float], held_out: list[float], 
     (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
 
 
-def write_results(folder: Path, value: float, spread: float = 0.01) -> None:
+def write_results(
+    folder: Path, value: float, spread: float = 0.01, correct: list[int] | None = None
+) -> None:
     folder.mkdir(parents=True)
     found = {"pass@1": {"value": value, "ci95": [value - spread, value + spread]}}
+    if correct is not None:
+        found |= {"correct": correct, "rows": list(range(len(correct))), "num_samples": 4}
     (folder / "results.json").write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -102,9 +106,17 @@ def test_language_reward_must_raise_consistency_at_a_small_cost(
 
 @pytest.mark.parametrize(("spread", "seen"), [(0.01, True), (0.2, False)])
 def test_distilled_student_must_be_better_beyond_the_intervals(script, tmp_path, spread, seen):
-    for stage, value in (("eval-student", 0.2), ("eval-distill", 0.8), ("eval-student-rl", 0.6)):
-        write_results(tmp_path / stage, value, spread)
-    assert script.distil(tmp_path)["seen"] is seen
+    for stage, value, correct in (
+        ("eval-student", 0.2, [0, 0, 2]),
+        ("eval-distill", 0.8, [4, 2, 4]),
+        ("eval-student-rl", 0.6, [3, 1, 3]),
+    ):
+        write_results(tmp_path / stage, value, spread, correct)
+    found = script.distil(tmp_path)
+    assert found["seen"] is seen
+    # One sample of four more on each problem, whatever the unpaired intervals say.
+    assert found["paired"] == {"value": 0.25, "ci95": [0.25, 0.25]}
+    assert "paired difference +0.25 [+0.25, +0.25]" in script.SHORT["distil"](found)
 
 
 def test_a_kept_row_with_a_wrong_answer_is_found_again(script, tmp_path):

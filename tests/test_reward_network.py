@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_model import make_tiny_model
 from transformers import (
     AutoModelForCausalLM,
@@ -21,8 +22,9 @@ from transformers import (
 
 from grpo_engine.kernels import pack_rollouts
 from grpo_engine.manifest import weights_sha256
-from grpo_engine.models.load import load_model
-from grpo_engine.reward_network import RewardNetwork, is_saved_network
+from grpo_engine.models.load import is_classifier, load_model
+from grpo_engine.policy import Policy
+from grpo_engine.reward_network import RewardNetwork
 from grpo_engine.types import UserError
 
 SHAPE = {
@@ -258,7 +260,7 @@ def test_text_that_ends_in_the_end_of_sequence_gets_no_second_one(tmp_path):
 def test_what_is_no_saved_network(tmp_path):
     folder = make_model(tmp_path / "model", "qwen2")
     for path in (folder, tmp_path / "absent", tmp_path):
-        assert not is_saved_network(path)
+        assert not is_classifier(path)
         with pytest.raises(UserError, match="sequence-classification"):
             RewardNetwork.from_saved(path, device="cpu")
 
@@ -306,3 +308,22 @@ def test_packed_rows_that_leak_into_each_other_are_refused(tmp_path, monkeypatch
     monkeypatch.setattr(RewardNetwork, "hidden_states", leaking)
     with pytest.raises(UserError, match="other scores for packed rows"):
         RewardNetwork.from_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize("loads", [Policy.load, RewardNetwork.from_model])
+def test_a_weight_that_is_not_finite_is_named(tmp_path, loads):
+    """The comparison of packed and single rows meets it first, and is not what is wrong."""
+    folder = make_model(tmp_path, "llama")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"model: model\.norm\.weight of \w+ is not finite"):
+        loads(folder, device="cpu")
+
+
+def test_a_reward_model_is_no_policy(tmp_path):
+    """transformers would load it, with a language head of random weights."""
+    folder = make_model(tmp_path / "model", "llama")
+    RewardNetwork.from_model(folder, device="cpu").save_pretrained(tmp_path / "saved")
+    with pytest.raises(UserError, match="saved' is a reward model"):
+        Policy.load(str(tmp_path / "saved"), device="cpu")

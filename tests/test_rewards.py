@@ -11,12 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_engine.rewards import (
+    RewardPool,
     accuracy_reward,
-    load_reward,
-    reasoning_gym_reward,
     unusable_solutions,
 )
-from grpo_engine.rewards import tasks as task_rewards
 from grpo_engine.rewards.exact import exact_value
 from grpo_engine.rewards.math import judge_answer
 from grpo_engine.rewards.symbolic import MathVerify
@@ -198,6 +196,18 @@ EXACT = [
     ("5", "5 is wrong", False),
     ("5", r"5\text{ + 2}", False),
     ("5", "2+2=5 million", False),
+    *(("5", word, False) for word in (r"5\text{k}", "5M", r"5\text{ M}", "5 MM", r"5\text{B}")),
+    *(("5", f"5 {word}", False) for word in ("hundredfold", "quintuple", "quintupled", "log")),
+    ("0.3", "0.3 repeating", False),
+    ("11", "11 binary", False),
+    ("11 binary", "11 binary", True),
+    ("5", "5g", True),
+    ("5", "5 blindfolds", True),
+    ("1/3", r"0.\overline{3}", True),
+    ("1/6", r"0.1\overline{6}", True),
+    ("-1/3", r"-.\bar{3}", True),
+    ("1/3", r"0.\overline{30}", False),
+    ("1", r"0.\overline{}", False),
     # numeral bases
     ("101_2", "101_{2}", True),
     ("101", "101_{10}", True),
@@ -330,6 +340,9 @@ SYMBOLIC = [
     (r"0.1\sqrt2", r"\frac{\sqrt2}{10}", True),
     (r"3\pm\sqrt2", r"3-\sqrt2, 3+\sqrt2", True),
     (r"(\sqrt2, 3)", r"(3, \sqrt2)", False),
+    (r"\infty", "\u221e", True),
+    (r"-\infty", "\u221e", False),
+    (r"[0,\infty)", "[0,\u221e)", True),
     ("5m", "5", False),  # five times m, as a reference
     (r"\sqrt2", r"\sqrt2/0", False),
     # Math-Verify alone accepts these: it rounds constants to six digits
@@ -348,6 +361,30 @@ def test_symbolic_comparison():
         assert verdict == (float(equal), "ok"), (gold, answer)
     assert judge_answer(r"\boxed{5}", r"\frac{1", engine) == (None, "gold_invalid")
     assert judge_answer("nothing", r"\frac{1", engine) == (None, "gold_invalid")
+
+
+@pytest.mark.parametrize("bomb", [r"(10^7)!", r"\binom{10^9}{5\cdot10^8}"])
+def test_an_answer_too_large_to_compare_is_wrong_and_not_unjudged(bomb):
+    pytest.importorskip("math_verify")
+    answers = [rf"\boxed{{{bomb}}}", r"\boxed{2\sqrt2}"]
+    with RewardPool(["accuracy"], num_workers=1, timeout_s=3, max_error_rate=0.0) as pool:
+        report = pool.score(
+            prompts=["", ""], completions=answers, columns={"solution": [r"\sqrt{8}"] * 2}
+        )
+    assert report.scores["accuracy"] == [0.0, 1.0]
+    assert report.outcomes["accuracy"].keys() <= {"ok", "time_limit", "resource_limit"}
+
+
+@pytest.mark.parametrize("error", [MemoryError, RecursionError, OverflowError])
+def test_an_answer_that_exhausts_the_comparison_is_wrong(error):
+    class Exhausted:
+        def parses(self, gold):
+            return True
+
+        def equal(self, gold, answer):
+            raise error
+
+    assert judge_answer(r"\boxed{\pi}", r"\sqrt{2}", Exhausted()) == (0.0, "resource_limit")
 
 
 def test_accuracy_reward_alone_from_a_thread_leaves_the_callers_alarm_alone():
@@ -397,147 +434,3 @@ def test_unusable_references_are_listed_at_load_time():
 def test_accuracy_reward_refuses_unequal_lengths():
     with pytest.raises(UserError, match="2 completions but 1 solutions"):
         accuracy_reward(["a", "b"], ["1"])
-
-
-# --- reasoning_gym ------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def gym():
-    return pytest.importorskip("reasoning_gym")
-
-
-def test_the_tasks_own_scorer_decides(gym):
-    problem = gym.create_dataset("chain_sum", seed=1, size=1)[0]
-    answer = problem["answer"]
-    texts = [
-        f"<think>a</think> <answer>{answer}</answer>",
-        rf"\boxed{{{answer}}}",
-        f"<answer>{int(answer) + 1}</answer>",
-        f"<answer>{answer} or so</answer>",  # the scorers give part marks for mentioning it
-        answer,
-        f"<answer>{answer}</answer> <answer>1</answer>",
-        f"<think><answer>{answer}</answer>",
-    ]
-    scores = reasoning_gym_reward(texts, task=["chain_sum"] * 7, entry=[problem] * 7)
-    assert scores == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
-
-
-def test_a_scorer_that_raises_on_text_means_a_wrong_answer(gym):
-    problem = gym.create_dataset("prime_factorization", seed=1, size=1)[0]
-    for answer, score in (("zzz", 0.0), (problem["answer"], 1.0)):
-        assert reasoning_gym_reward(
-            [f"<answer>{answer}</answer>"], task=["prime_factorization"], entry=[problem]
-        ) == [score]
-
-
-def test_a_broken_entry_is_not_a_wrong_answer(gym):
-    with pytest.raises(ValueError, match="invalid literal"):
-        task_rewards.score_answer("zzz", "prime_factorization", {"answer": "also text"})
-
-
-@pytest.mark.parametrize(
-    ("task", "attack"),
-    [
-        ("n_queens", "__import__('os').mkdir({path!r})"),
-        ("binary_matrix", "[__import__('os').mkdir({path!r})]"),
-        ("spiral_matrix", "[x for x in [__import__('os').mkdir({path!r})]]"),
-        ("string_insertion", "(lambda: __import__('os').mkdir({path!r}))()"),
-        ("countdown", "__import__('os').mkdir({path!r})"),
-        ("simple_integration", "x + __import__('os').mkdir({path!r})"),
-    ],
-)
-def test_scorers_that_evaluate_the_answer_never_see_code(gym, tmp_path, task, attack):
-    path = tmp_path / "owned"
-    problem = gym.create_dataset(task, seed=1, size=1)[0]
-    code = attack.format(path=str(path))
-    assert reasoning_gym_reward([f"<answer>{code}</answer>"], task=[task], entry=[problem]) == [0.0]
-    assert not path.exists()
-
-
-EVALUATING_TASKS = """n_queens binary_matrix spiral_matrix string_insertion countdown puzzle24
-    simple_integration intermediate_integration polynomial_multiplication""".split()  # noqa: SIM905
-
-
-@pytest.mark.parametrize("task", EVALUATING_TASKS)
-def test_those_scorers_still_see_right_answers(gym, task):
-    problem = gym.create_dataset(task, seed=1, size=1)[0]
-    texts = [f"<answer>{problem['answer']}</answer>"]
-    assert reasoning_gym_reward(texts, task=[task], entry=[problem]) == [1.0]
-
-
-def test_the_tasks_options_reach_its_scorer(gym):
-    options = {"min_num_decimal_places": 1, "max_num_decimal_places": 1}
-    problem = gym.create_dataset("decimal_arithmetic", seed=1, size=1, **options)[0]
-    near = f"<answer>{float(problem['answer']) + 0.01:.2f}</answer>"
-    loose = reasoning_gym_reward(
-        [near], task=["decimal_arithmetic"], entry=[problem], task_args=[options]
-    )
-    strict = reasoning_gym_reward([near], task=["decimal_arithmetic"], entry=[problem])
-    assert (loose, strict) == ([1.0], [0.0])
-
-
-# --- finding and calling reward functions -------------------------------------------------------
-
-
-def reward_file(tmp_path, source):
-    path = tmp_path / "my_rewards.py"
-    path.write_text(source)
-    return f"{path}:reward"
-
-
-def call(function, **row):
-    return load_reward(function).call("q", "text", row)
-
-
-def test_trl_functions_get_the_columns_they_name(tmp_path):
-    source = (
-        "def reward(completions, solution, scale=2, **kwargs):\n"
-        "    assert kwargs['prompts'] == ['q'] and kwargs['level'] == [3]\n"
-        "    return [scale * len(c) + len(s) for c, s in zip(completions, solution)]\n"
-    )
-    function = reward_file(tmp_path, source)
-    assert call(function, solution="ab", level=3, prompt="not passed") == (10, "ok")
-    assert load_reward(function).required_columns == ("solution",)
-
-
-def test_trl_functions_without_kwargs_and_async_functions(tmp_path):
-    source = "async def reward(prompts, completions):\n    return [0.5 for _ in completions]\n"
-    assert call(reward_file(tmp_path, source), solution="ab") == (0.5, "ok")
-
-
-def test_conversational_prompts_give_conversational_completions(tmp_path):
-    source = (
-        "def reward(prompts, completions):\n    return [completions[0][0]['content'] == 'text']\n"
-    )
-    reward = load_reward(reward_file(tmp_path, source))
-    assert reward.call([{"role": "user", "content": "q"}], "text", {}) == (True, "ok")
-
-
-def test_verl_functions(tmp_path):
-    source = (
-        "def reward(data_source, solution_str, ground_truth, extra_info=None):\n"
-        "    return {'score': float((data_source, solution_str, ground_truth, extra_info)\n"
-        "                           == ('gsm8k', 'text', '4', {'i': 1}))}\n"
-    )
-    function = reward_file(tmp_path, source)
-    assert call(function, data_source="gsm8k", solution="4", extra_info={"i": 1}) == (1.0, "ok")
-    assert call(
-        function, data_source="gsm8k", reward_model={"ground_truth": "4"}, extra_info={"i": 1}
-    ) == (1.0, "ok")
-
-
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        ("acuracy", "unknown reward 'acuracy': wanted one of accuracy, choice, code, format, "),
-        ("no_such_module_here:fn", "cannot import 'no_such_module_here'"),
-        ("json:no_such_function", "has no function 'no_such_function'"),
-        ("absent.py:fn", "reward 'fn': file 'absent.py' does not exist"),
-        ("json:dumps", "wanted TRL's"),
-    ],
-)
-def test_what_cannot_be_loaded_is_named(function, message):
-    with pytest.raises(UserError) as caught:
-        load_reward(function)
-    assert message in str(caught.value)

@@ -178,6 +178,7 @@ def test_interrupted_it_says_so_and_goes_on(whole, tmp_path, monkeypatch, capsys
     assert "of 24 samples are kept" in capsys.readouterr().err
     assert manifest_of(tmp_path / "run")["status"] == "stopped"
     assert not (tmp_path / "run" / "data.jsonl").exists()
+    assert not list((tmp_path / "run").glob(".*")), "nor a part of it"
     assert sample(tmp_path / "run", **REWRITTEN) == 0
     same_data(whole, tmp_path / "run", (*MADE, "samples.jsonl"))
 

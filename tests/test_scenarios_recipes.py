@@ -47,6 +47,8 @@ def test_reasoning_rl_runs_on_the_miniature(tmp_path):
     for row in rows[::2]:  # the first step of each rollout
         # Some chains of the miniature are English, some Chinese, some both: an English share.
         assert 0.2 < row["rewards/language/mean"] < 0.95
+        assert row["language/off_script_characters/thinking"] > 0.5
+        assert row["language/off_script_characters/answer"] >= 0
         total = row["rewards/accuracy/mean"] + row["rewards/language/mean"]
         judged = 1 - row["rewards/language/none_rate"] if "rewards/language/none_rate" in row else 1
         assert row["reward"] == pytest.approx(total, abs=1.01 - judged + 1e-6)

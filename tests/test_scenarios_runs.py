@@ -175,6 +175,9 @@ def test_held_out_general_prompts_are_scored_from_the_start(whole, inputs):
     assert [row["step"] for row in rows] == [0, 2, 4, 6, 8]
     assert all({"eval/helpful", "eval/safety"} <= row.keys() for row in rows)
     assert len({row["eval/helpful"] for row in rows}) > 1
+    for row in rows:  # what the token account of a pipeline counts
+        assert (row["eval/num_answers"], row["eval/general/num_answers"]) == (4, 6)
+        assert row["eval/mean_length"] > 0 and row["eval/general/mean_length"] > 0
     first = read_jsonl(whole / "completions" / "eval-000000.jsonl")
     assert len(first) == 4  # the problems that accuracy is the share of
     policy = Policy.load(str(inputs / "model"), device="cpu")

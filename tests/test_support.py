@@ -18,8 +18,8 @@ from grpo_engine.kernels import kept_by_sampler
 from grpo_engine.policy import Policy
 from grpo_engine.rewards import RewardPool, RewardSpec
 from grpo_engine.rollouts import Prompt, RolloutArrays
-from grpo_engine.support import Support
-from grpo_engine.types import GenerationRequest, SamplingParams
+from grpo_engine.support import Support, bit_words, support_entries
+from grpo_engine.types import GenerationRequest, SamplingParams, UserError
 
 CPU = torch.device("cpu")
 
@@ -89,6 +89,8 @@ def test_the_support_is_what_a_sampler_keeps(model, cut):
         requests, HFGenerator(policy).generate(requests, sampling), strict=True
     ):
         assert len(drawn.support.counts) == len(drawn.completion_ids)
+        most = np.minimum(drawn.support.counts, bit_words(policy.text_config.vocab_size))
+        assert len(drawn.support.ids) == most.sum()
         ids = torch.tensor([request.prompt_ids + drawn.completion_ids])
         with torch.no_grad():
             logits = policy.model(ids).logits[0, len(request.prompt_ids) - 1 : -1]
@@ -121,6 +123,64 @@ def test_both_forms_of_kept_hold_the_same_ids(vocab):
     assert as_sets(support.take(some).kept(vocab, CPU), vocab) == [set(sets[i]) for i in some]
 
 
+def test_a_part_has_the_form_of_the_whole():
+    """One token of a rollout was drawn from many ids: all of its micro-batches get bits."""
+    counts = np.array([1, 2, 60, 1], dtype=np.int32)
+    ids = np.concatenate([np.arange(n) for n in counts]).astype(np.int32)
+    kept = Support(ids, counts).kept(1024, CPU, np.array([3, 1]))
+    assert kept.dtype == torch.uint8 and as_sets(kept, 1024) == [{0}, {0, 1}]
+    counts[2], ids = 3, np.delete(ids, slice(6, 63))
+    kept = Support(ids, counts).kept(1024, CPU, np.array([3, 1]))
+    assert kept.tolist() == [[0, -1], [0, 1]]
+
+
+def drawn_from(sets, vocab) -> torch.Tensor:
+    """``support_entries`` of tokens drawn from ``sets``: each first in its row of all ids."""
+    rows = [[*s, *(i for i in range(vocab) if i not in s)] for s in map(dict.fromkeys, sets)]
+    return support_entries(torch.tensor(rows), torch.tensor([len(s) for s in sets]), vocab)
+
+
+@pytest.mark.parametrize("vocab", [40, 64, 1001])
+def test_many_ids_are_held_as_bits(vocab):
+    dice = np.random.default_rng(0)
+    sets = [dice.permutation(vocab)[:n].tolist() for n in (1, vocab, 3, vocab - 1, vocab // 2, 2)]
+    counts = np.array([len(s) for s in sets], dtype=np.int32)
+    listed = Support(np.concatenate(sets).astype(np.int32), counts)
+    compact = Support(drawn_from(sets, vocab).numpy(), counts, vocab)
+    assert len(compact.ids) == np.minimum(counts, bit_words(vocab)).sum() < len(listed.ids)
+    some = np.array([4, 1, 0, 1])
+    for support in (compact, Support.concatenate([compact.take(some), compact])):
+        again = Support.from_tensors(support.to_tensors("s."), "s.")
+        assert again.vocab == vocab
+        assert torch.equal(again.kept(vocab, CPU), support.kept(vocab, CPU))
+    assert as_sets(compact.kept(vocab, CPU), vocab) == [set(s) for s in sets]
+    assert torch.equal(compact.kept(vocab, CPU), listed.kept(vocab, CPU))
+    assert torch.equal(compact.kept(vocab, CPU, some), listed.kept(vocab, CPU)[some])
+    steps = [(torch.arange(6), torch.tensor(counts), torch.tensor(compact.ids))] * 2
+    parts = Support.of_steps(steps, [2] * 6, vocab)
+    assert [as_sets(s.kept(vocab, CPU), vocab) for s in parts] == [[set(s)] * 2 for s in sets]
+
+
+def test_a_nucleus_of_nearly_everything_takes_a_bit_an_id():
+    vocab = 152_064  # Qwen2.5's
+    ids = torch.arange(vocab).flip(0).repeat(2, 1)
+    entries = support_entries(ids, torch.tensor([vocab - 5, 4]), vocab)
+    assert entries.dtype == torch.int32 and entries.nbytes == vocab // 8 + 4 * 4
+    support = Support(entries.numpy(), np.array([vocab - 5, 4], dtype=np.int32), vocab)
+    assert as_sets(support.kept(vocab, CPU), vocab) == [
+        set(range(5, vocab)),
+        {*range(vocab - 4, vocab)},
+    ]
+
+
+def test_supports_of_other_vocabularies_are_refused():
+    one = np.array([0], dtype=np.int32), np.array([1], dtype=np.int32)
+    with pytest.raises(ValueError, match=r"differ in vocab: \[40, None\]"):
+        Support.concatenate([Support(*one, 40), Support(*one)])
+    with pytest.raises(ValueError, match="vocabulary has 40 ids, the head 48"):
+        Support(*one, 40).kept(48, CPU)
+
+
 def test_steps_are_sorted_into_sequences_and_what_lies_behind_an_end_is_dropped():
     steps = [
         (torch.tensor([0, 1, 2]), torch.tensor([1, 2, 1]), torch.tensor([10, 20, 21, 30])),
@@ -141,7 +201,7 @@ def test_training_logprobs_equal_the_samplers(model, cut):
     row = run.update()
     assert row["clip_ratio/region_mean"] == 0.0 and row["kl"] == pytest.approx(0.0, abs=1e-6)
     assert row["sampling/logp_difference_mean"] < 2e-5
-    whole = [x for x, n in zip(arrays.old_logprobs, arrays.support_counts, strict=True) if n == 1]
+    whole = [x for x, n in zip(arrays.old_logprobs, arrays.support.counts, strict=True) if n == 1]
     assert all(x == 0.0 for x in whole)  # the only choice there was
 
 
@@ -169,6 +229,26 @@ def test_a_sampler_that_truncates_and_keeps_its_support_to_itself_is_refused(mod
         pytest.raises(ValueError, match="did not return its tokens' support"),
     ):
         run.rollout()
+
+
+def test_every_micro_batch_of_a_rollout_has_one_form(model):
+    _, _, arrays, _ = sampled(model, top_k=1)
+    ids, counts, vocab = arrays.support.ids, arrays.support.counts.copy(), arrays.support.vocab
+    counts[-1] += bit_words(vocab)  # of the last sequence's last token
+    arrays.support = Support(np.append(ids[:-1], np.int32([7, 9])), counts, vocab)
+    batches = [arrays.micro_batch([i], vocab).kept for i in range(len(arrays.lengths))]
+    assert {kept.dtype for kept in batches} == {torch.uint8}
+    every = torch.cat(batches)
+    assert as_sets(every[:-1], vocab) == [{i} for i in ids[:-1]]
+    assert len(counts) == len(every) and as_sets(every[-1:], vocab) == [{0, 1, 2, 32, 35}]
+
+
+def test_a_rollout_of_another_version_is_refused(model):
+    _, _, arrays, _ = sampled(model, top_p=0.8)
+    tensors = arrays.to_tensors()
+    tensors["kept"] = tensors.pop("unmasked")
+    with pytest.raises(UserError, match="no 'unmasked': another version"):
+        RolloutArrays.from_tensors(tensors, CPU)
 
 
 def test_without_the_support_they_would_not(model):

@@ -24,7 +24,8 @@ class ToyConfig(Settings):
     stage: ClassVar[str] = "toy"
     model: str = "base"
     extras: dict[str, str] = {}
-    value: str = ""
+    value: str = Field("", description="'refused' is what the stage itself refuses")
+    chat_template: str | None = None
     max_steps: int = Field(3, ge=1)
     save_steps: int = 1
     seed: int = 0
@@ -71,6 +72,11 @@ def send_signal(spec: str, step: int) -> None:
 def train_toy(config, *, recipe=None, resume=None, overwrite=False, dry_run=False) -> int:
     """State = hash(state, inputs, value, seed, step), a checkpoint a step: like a real stage it
     must not depend on whether it was interrupted."""
+    if config.value == "refused":
+        raise UserError(f"--value {config.value}: not today")
+    if dry_run:
+        print("a plan")
+        return 0
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if overwrite:
@@ -113,11 +119,20 @@ class DataConfig(Settings):
     device: str = "cpu"
     output_dir: str
     raises: str = ""
+    reward_funcs: list[str] = []
+    reward_args: dict[str, dict[str, str]] = {}
+    reward_domains: dict[str, list[str]] = {}
+    judge: str | None = None
+    judge_options: dict[str, str] = {}
     edit_file: str | None = None
 
 
 def write_data(config, *, overwrite=False, dry_run=False) -> int:
     """Rows that depend on the model and the seed; goes on where it stopped."""
+    if dry_run:
+        if config.raises == "UserError":
+            raise UserError("no rows today")
+        return 0
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "data.jsonl"

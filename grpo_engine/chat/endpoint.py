@@ -17,14 +17,12 @@ import difflib
 import email.utils
 import http.client
 import json
-import os
 import queue
 import random
 import ssl
 import threading
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,11 +39,11 @@ from grpo_engine.chat.base import (
     OnReplies,
 )
 from grpo_engine.chat.cache import ReplyCache
+from grpo_engine.endpoints import api_key, checked_url, clean_words, read_body
 from grpo_engine.types import UserError
 
 API_KEY_ENV = "OPENAI_API_KEY"
 RETRIED = {408, 409, 425, 429}
-MAX_BODY_BYTES = 16 * 2**20
 GRACE_SECONDS = 10.0  # for replies on their way when the run is stopped
 _OWN_FIELDS = ("model", "messages", "temperature", "seed", "stream", "n")
 
@@ -101,8 +99,8 @@ class EndpointModel(ChatModel):
     def __init__(
         self, spec: str, options: EndpointOptions, cache: ReplyCache | None = None
     ) -> None:
-        self.url, self.options = _checked_url(spec), options
-        self._key = _api_key(options.api_key_env)
+        self.url, self.options = checked_url("judge", spec), options
+        self._key = api_key("judge", options.api_key_env, API_KEY_ENV)
         self._key_name = options.api_key_env or API_KEY_ENV
         # Proxies come from the environment, as everywhere.
         self._opener = urllib.request.build_opener(_NoRedirects)
@@ -296,7 +294,7 @@ class EndpointModel(ChatModel):
         deadline = time.monotonic() + self.options.timeout
         try:
             with self._opener.open(request, timeout=self.options.timeout) as answer:
-                text = _read(answer, deadline)
+                text = read_body(answer, deadline)
         except urllib.error.HTTPError as error:
             if listing and error.code in (404, 405, 501):
                 return None
@@ -317,7 +315,7 @@ class EndpointModel(ChatModel):
         """What an HTTP status other than 2xx means."""
         with error:
             try:
-                said = self._clean(_read(error, deadline).decode("utf-8", "replace"))
+                said = self._clean(read_body(error, deadline).decode("utf-8", "replace"))
             except (OSError, http.client.HTTPException):
                 said = ""
         words = f"HTTP {error.code}" + (f": {said}" if said else "")
@@ -330,56 +328,7 @@ class EndpointModel(ChatModel):
         return _Failure(words, again, _retry_after(error.headers.get("Retry-After")))
 
     def _clean(self, said: Any) -> str:
-        """At most 200 characters on one line, without the key."""
-        text = str(said)
-        if self._key is not None:
-            text = text.replace(self._key, "***")
-        return " ".join(text.split())[:200]
-
-
-def _checked_url(spec: str) -> str:
-    parts = urllib.parse.urlsplit(spec)
-    try:
-        is_good = bool((parts.hostname or "").encode("idna")) and parts.port != 0
-    except ValueError:
-        is_good = False
-    if not is_good:
-        raise UserError(f"judge {spec!r}: not an address such as http://localhost:8000/v1")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        # It would end in config.yaml and manifest.json; so it is not repeated here either.
-        raise UserError(
-            f"judge {parts.scheme}://{parts.hostname}...: the address must hold no user, password, "
-            "query or fragment; a key belongs in an environment variable (option api_key_env)"
-        )
-    return spec.rstrip("/")
-
-
-def _api_key(name: str | None) -> str | None:
-    if name is not None and not name.isidentifier():  # perhaps the key itself: not repeated here
-        raise UserError("judge: api_key_env must be the name of an environment variable")
-    key = os.environ.get(name or API_KEY_ENV, "").strip()
-    if not key:
-        if name is not None:
-            raise UserError(f"judge: the environment variable {name} (api_key_env) is not set")
-        return None
-    if not (key.isascii() and key.isprintable()):
-        raise UserError(
-            f"judge: the key in {name or API_KEY_ENV} has characters no header may hold"
-        )
-    return key
-
-
-def _read(answer: Any, deadline: float) -> bytes:
-    """The whole body, within the deadline: a socket's own timeout starts anew with every byte."""
-    pieces, size = [], 0
-    while piece := answer.read1(1 << 16):
-        size += len(piece)
-        if size > MAX_BODY_BYTES:
-            raise http.client.HTTPException(f"a body of more than {MAX_BODY_BYTES} bytes")
-        if time.monotonic() > deadline:
-            raise TimeoutError("timed out")
-        pieces.append(piece)
-    return b"".join(pieces)
+        return clean_words(said, self._key)
 
 
 def _retry_after(value: str | None) -> float | None:

@@ -99,8 +99,8 @@ class LocalModel(ChatModel):
                 if sampling.whole and one.finish_reason == "length":
                     on_failure(index, sampling.cut)
                     continue
-                ids = one.completion_ids[:-1] if one.finish_reason == "stop" else one.completion_ids
-                replies[index] = self._policy.tokenizer.decode(ids, skip_special_tokens=False)
+                decode = self._policy.tokenizer.decode
+                replies[index] = decode(one.text_ids, skip_special_tokens=False)
             on_replies(replies)
 
     def _prompt_ids(self, conversation: Conversation) -> list[int]:

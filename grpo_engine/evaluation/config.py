@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from grpo_engine.settings import Settings, build_config
+from grpo_engine.settings import SamplerConfig, build_config
 
 
-class EvalConfig(Settings):
+class EvalConfig(SamplerConfig):
     """Everything an evaluation depends on; the resolved copy is saved as ``config.yaml``."""
 
     stage: ClassVar[str] = "eval"
@@ -110,6 +110,7 @@ class EvalConfig(Settings):
     output_dir: str = "runs/eval"
 
     def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
         if self.ks is None:
             return
         if not self.ks or sorted(set(self.ks)) != self.ks or self.ks[0] < 1:

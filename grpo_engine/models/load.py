@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -40,6 +43,16 @@ def looks_local(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.count("/") > 1
 
 
+def is_classifier(folder: str | os.PathLike[str]) -> bool:
+    """Whether ``folder`` holds a sequence-classification model, as a reward model is."""
+    try:
+        config = json.loads((Path(folder).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    names: Any = config.get("architectures") or [] if isinstance(config, dict) else []
+    return any(str(name).endswith("ForSequenceClassification") for name in names)
+
+
 def _shipped_path(name: str) -> str:
     folder = SHIPPED[name]
     if not (folder / "config.json").is_file():
@@ -57,6 +70,8 @@ def _load_directory_or_id(
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model: {source!r} has no config.json")
+        if is_classifier(path):  # transformers would put a head of random weights on it
+            raise UserError(f"model: {source!r} is a reward model, not a language model")
         # Asked for a tokenizer that is not there, transformers makes an empty one without a word.
         if not any(next(path.glob(p), None) for p in TOKENIZER_FILES):
             raise UserError(f"model: {source!r} has no tokenizer (none of {TOKENIZER_FILES})")

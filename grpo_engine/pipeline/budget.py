@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_engine.checkpoint import list_checkpoints
 from grpo_engine.config import MODEL_REWARDS
 from grpo_engine.data import read_rows
 from grpo_engine.metrics import read_jsonl
@@ -25,6 +24,7 @@ from grpo_engine.pipeline.memory import (
     training_memory,
 )
 from grpo_engine.pipeline.stages import Stage, referenced_path
+from grpo_engine.rewards.model import saved_folder
 from grpo_engine.types import UserError
 
 
@@ -107,8 +107,8 @@ class Budgets:
             reference = self._reference(folder)
             if reference is not None:
                 folder = self.found[reference.stage].model
-            elif checkpoints := list_checkpoints(Path(folder).expanduser()):
-                folder = str(checkpoints[-1])  # as ``ScalarModel.load`` does
+            else:
+                folder = str(saved_folder(folder))
             shape = model_shape(folder)
             if isinstance(shape, str):
                 return f"{folder}: {shape}"

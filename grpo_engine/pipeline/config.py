@@ -31,10 +31,16 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from grpo_engine.config import MODEL_REWARDS
 from grpo_engine.settings import apply_overrides
 from grpo_engine.types import UserError
 
 STAGE = "r1"
+REWARD_MODEL_FIELDS = {f"{name}_model": name for name in MODEL_REWARDS}  # field -> kind
+_DATA_FIELDS = ("data", "source", "decontaminate", "check_overlap")  # and all that end in dataset
+_FILE_FIELDS = ("chat_template", "edit_file")
+_CHAT_MODEL_FIELDS = ("judge", "rewrite")
+_FUNCTION_FIELDS = ("reward_funcs", "eval_reward")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _REFERENCE = re.compile(r"\{([A-Za-z0-9][A-Za-z0-9_-]*)\}(?:/(.+))?")
 
@@ -268,11 +274,22 @@ def _check_whole(where: str, path: str, value: Any, names: Iterable[str]) -> Non
 
 
 def place_of(path: str) -> str | None:
-    """``model`` or ``data``: what the field ``path`` (``general_dataset.0.source``) is for."""
+    """What the field ``path`` (``general_dataset.0.source``) is for: ``model``, ``reward model``,
+    ``data`` or a ``file``; ``any model`` of a judge and among the arguments of a reward, which may
+    want either; ``function`` of a reward, which is a name or a function of one's own."""
     name = path.rpartition(".")[2]
+    if path in REWARD_MODEL_FIELDS:
+        return "reward model"
+    if path in _FILE_FIELDS:
+        return "file"
+    if path in _CHAT_MODEL_FIELDS:
+        return "any model"
+    if path.partition(".")[0] in _FUNCTION_FIELDS:
+        return "function"
     if name == "model" or name.endswith("_model"):
-        return "model"
-    data = name in ("data", "source", "decontaminate") or name.endswith("dataset")
+        inner = path.partition(".")[0].endswith(("_args", "_options"))
+        return "any model" if inner else "model"
+    data = name in _DATA_FIELDS or name.endswith("dataset")
     return "data" if data else None
 
 

@@ -3,7 +3,8 @@
 A finished stage is kept while its settings, the content of its inputs and its own results are as
 they were. Another stage's result counts by its hash: made again and found the same, it invalidates
 nothing further. What says only where files go and how the machine is used does not count
-(``StageKind.neutral_fields``), nor does the version of the code, which the manifest records.
+(``StageKind.neutral_fields``), nor does the version of the code, which the manifest records; of a
+reward or a judge of one's own, ``module:function``, the file that it lies in does.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import Any, Literal
 
 from grpo_engine.checkpoint import DamagedCheckpoint
 from grpo_engine.lineage import ENDS, FileHashes, Input, Lineage, StageRecord
-from grpo_engine.models.load import SHIPPED
+from grpo_engine.models.load import SHIPPED, looks_local
 from grpo_engine.pipeline.config import Reference, leaves, place_of
 from grpo_engine.pipeline.stages import Stage, referenced_path
+from grpo_engine.rewards.registry import source_file
 from grpo_engine.types import UserError
 
-# What a string among the settings must end with to be taken for a file that has to be there.
+# What a string in a field that is not known to name a file must end with to be taken for one that
+# has to be there: an argument of a reward, say.
 FILE_SUFFIXES = (".jsonl", ".parquet", ".json", ".yaml", ".txt", ".py")
 
 
@@ -131,30 +134,62 @@ class Freshness:
 
 def outside_files(stage: Stage) -> Iterator[tuple[str, str, Path]]:
     """(field, its text, path) of what the settings name outside the pipeline and can be looked at:
-    local files and folders, the models in the package, the file of a reward ``file.py:function``.
-    A file's name counts whether it is there or not; a Hugging Face id does not."""
+    local files and folders, the models in the package, the file that a function of one's own lies
+    in. A file's name counts whether it is there or not, and so does a model's that can only be a
+    folder; a Hugging Face id does not, nor does a cache, which is no input."""
     taken = stage.references
     for name, value in leaves(stage.content()):
         if name in taken or not isinstance(value, str) or not value or "\n" in value:
             continue
-        text = value.rsplit(":", 1)[0] if ".py:" in value else value
-        field_name = name.rpartition(".")[2] if not name[-1].isdigit() else name.split(".")[0]
-        if value in SHIPPED and "model" in field_name:
-            yield name, value, SHIPPED[value]
-        elif text.endswith(FILE_SUFFIXES) and " " not in text and "://" not in text:
-            yield name, value, Path(text).expanduser()
-        elif field_name.endswith(("model", "models", "dataset", "data")) or "/" in text:
-            path = Path(text).expanduser()
-            if len(text) < 1024 and path.is_dir():
+        if len(value) < 1024 and not name.endswith(".cache"):
+            path = _outside_path(name, value)
+            if path is not None:
                 yield name, value, path
 
 
+def _outside_path(name: str, text: str) -> Path | None:
+    """Where what ``text`` in the field ``name`` names lies."""
+    place, path = place_of(name), Path(text).expanduser()
+    if text in SHIPPED and place in ("model", "any model"):
+        return SHIPPED[text]
+    if place == "file":
+        return path
+    if _is_own_function(name, text):
+        return source_file(text)
+    if text.endswith(FILE_SUFFIXES) and " " not in text and "://" not in text:
+        return path
+    word = place == "function" or (name, text) == ("rewrite", "template")  # no folder of that name
+    folder = not word and (place is not None or "/" in text) and path.is_dir()
+    return path if folder or _is_folder_of_model(name, text) else None
+
+
+def _is_own_function(name: str, text: str) -> bool:
+    """Whether ``text`` in the field ``name`` is a ``module:function`` or ``file.py:function``, and
+    not one in this package, which goes by the version of the code."""
+    module = text.rpartition(":")[0]
+    if not module or "://" in text or " " in text or module.startswith("grpo_engine."):
+        return False
+    place = place_of(name)
+    return module.endswith(".py") or (
+        place in ("function", "any model") and not Path(text).is_dir()
+    )
+
+
+def _is_folder_of_model(name: str, text: str) -> bool:
+    """Whether ``text`` in the field ``name`` can only be a local folder. A judge's model may also
+    be any word that an endpoint knows."""
+    place = place_of(name)
+    is_local = looks_local(text) or Path(text).expanduser().is_file()
+    return place == "reward model" or (place == "model" and is_local)
+
+
 def missing_files(stages: list[Stage]) -> dict[str, list[tuple[str, str]]]:
-    """Stage -> (field, text) of the files outside the pipeline that are not there."""
+    """Stage -> (field, text) of the files and models outside the pipeline that are not there."""
     found: dict[str, list[tuple[str, str]]] = {}
     for stage in stages:
         for name, text, path in outside_files(stage):
-            if not path.exists() and name not in stage.kind.written:
+            is_there = path.is_dir() if _is_folder_of_model(name, text) else path.exists()
+            if not is_there and name not in stage.kind.written:
                 found.setdefault(stage.name, []).append((name, text))
     return found
 
@@ -182,13 +217,14 @@ def describe(reference: Reference) -> str:
 
 
 def _outside_before_and_now(stage: Stage, record: StageRecord) -> set[str]:
-    """Fields whose model or data lay outside the pipeline and still do: where does not count, as
-    what is in them is compared (``_input_changes``)."""
+    """Fields whose model, data or file lay outside the pipeline and still do: where does not count,
+    as what is in them is compared (``_input_changes``). Of a function the name counts as well."""
     known = {name for name, used in record.inputs.items() if used.stage is None}
     return {
         name
-        for name, _, path in outside_files(stage)
+        for name, text, path in outside_files(stage)
         if name in known and place_of(name) is not None and path.exists()
+        if not _is_own_function(name, text)
     }
 
 

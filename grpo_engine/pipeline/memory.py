@@ -20,7 +20,8 @@ an activation. Terms (bytes):
 
 A stage that samples and trains does one after the other, so its peak is the static terms and the
 larger of (KV cache, sampler) and (gradients, activations, head). The allocator's slack and CUDA's
-own context are not in it.
+own context are not in it, nor a vLLM engine (``generator: vllm``), which has KV cache and sampler
+of its own and takes the share of a GPU that it is told.
 """
 
 from __future__ import annotations
@@ -205,6 +206,8 @@ def sampling_memory(config: Any, shape: ModelShape, answers: int | None = None) 
 
 
 def _sampling_terms(config: Any, shape: ModelShape, outputs: int, each: int) -> dict[str, int]:
+    if getattr(config, "generator", "hf") == "vllm":
+        return {}
     longest = _longest(config)
     rows = min(config.generation_batch_size, outputs, config.generation_batch_tokens // longest)
     rows = max(1, rows)

@@ -13,13 +13,15 @@ from rich.table import Table
 from grpo_engine.history import finite_number
 from grpo_engine.lineage import StageRecord
 from grpo_engine.metrics import METRICS_FILE, read_jsonl, read_metrics
+from grpo_engine.progress import counted
 
 WIDE = 160  # columns, where the output is no terminal
 
 
 def measured_tokens(folder: Path) -> dict[str, int]:
     """``generated`` and ``trained`` tokens as far as the stage's files say them: its own account in
-    manifest.json, else metrics.jsonl (whose lengths of a rollout are means) and samples.jsonl."""
+    manifest.json, else metrics.jsonl (whose lengths are means; held-out evaluations count as well)
+    and samples.jsonl."""
     own = _json(folder / "manifest.json").get("tokens")
     if isinstance(own, dict):
         return {name: int(own[name]) for name in ("generated", "trained") if name in own}
@@ -34,11 +36,21 @@ def measured_tokens(folder: Path) -> dict[str, int]:
     if lengths:
         settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         outputs = settings["prompts_per_generation"] * settings["num_generations"]
-        found["generated"] = round(sum(lengths) * outputs)
+        found["generated"] = round(sum(lengths) * outputs + _held_out_tokens(rows))
     if (folder / "samples.jsonl").is_file():
         drawn = [row["length"] for row in read_jsonl(folder / "samples.jsonl")]
         found["generated"] = sum(drawn)
     return found
+
+
+def _held_out_tokens(rows: list[dict[str, Any]]) -> float:
+    """Generated in the evaluations of a training run."""
+    total = 0.0
+    for row in rows:
+        for kind in ("eval", "eval/general"):
+            length = finite_number(row, f"{kind}/mean_length")
+            total += (length or 0.0) * (finite_number(row, f"{kind}/num_answers") or 0.0)
+    return total
 
 
 def steps_done(folder: Path) -> int | None:
@@ -72,7 +84,7 @@ def headline(figures: dict[str, Any]) -> str:
     words = []
     for name, value in figures.items():
         if name in ("steps", "rows"):
-            words.append(f"{value:,} {name}")
+            words.append(counted(value, name.removesuffix("s")))
         elif name in ("eval/accuracy", "pass@1"):
             label = "held-out accuracy" if name.startswith("eval/") else name
             words.append(f"{label} {100 * value:.1f} %")

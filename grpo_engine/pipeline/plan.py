@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo_engine.pipeline.budget import Budget, Budgets
-from grpo_engine.pipeline.config import PipelineConfig
+from grpo_engine.pipeline.config import PipelineConfig, leaves, place_of
 from grpo_engine.pipeline.freshness import Freshness, Verdict, missing_files
 from grpo_engine.pipeline.memory import SAMPLING, STATIC, UPDATE, on_gpu
 from grpo_engine.pipeline.outcome import WIDE
 from grpo_engine.pipeline.stages import STAGES, Stage
+from grpo_engine.progress import counted
 from grpo_engine.settings import Settings
 
 
@@ -28,15 +29,32 @@ def print_plan(
     budgets = Budgets(stages).found
     names = {stage.name for stage in chosen}
     verdicts = freshness.verdicts(names)
-    print(f"{len(stages)} stages in {config.output_dir}")
+    print(f"{counted(len(stages), 'stage')} in {config.output_dir}")
     console.print(_stage_table(stages, names, budgets, verdicts))
     if any(budget.memory is not None for budget in budgets.values()):
         console.print(_memory_table(stages, budgets))
-    generated = sum(b.generated or 0 for name, b in budgets.items() if name in names)
-    trained = sum(b.trained or 0 for name, b in budgets.items() if name in names)
-    print(f"tokens, at most: {count(generated)} generated, {count(trained)} trained on")
+    print(_tokens_text([budgets[stage.name] for stage in chosen]))
     for words in _notes(stages, chosen, budgets):
         print(words)
+
+
+def _tokens_text(budgets: list[Budget]) -> str:
+    """The sum is a bound only where every stage's is known."""
+    counted_on = [b for b in budgets if b.samples or b.trains]
+    unknown = [
+        b
+        for b in counted_on
+        if (b.samples and b.generated is None) or (b.trains and b.trained is None)
+    ]
+    generated = sum(b.generated or 0 for b in counted_on)
+    trained = sum(b.trained or 0 for b in counted_on)
+    words = f"{count(generated)} generated, {count(trained)} trained on"
+    if not unknown:
+        return f"tokens, at most: {words}"
+    return (
+        f"tokens, known stages only: at most {words}; {len(unknown)} of {len(counted_on)} stages "
+        "unknown, see ? above"
+    )
 
 
 def _stage_table(
@@ -113,6 +131,7 @@ def _notes(stages: list[Stage], chosen: list[Stage], budgets: dict[str, Budget])
             needed.setdefault(text, []).append(stage)
     for text, names in needed.items():
         notes.append(f"not there yet: {text} (for {', '.join(dict.fromkeys(names))})")
+    notes += _on_top(chosen) + _needed_beside(chosen)
     if any(b.memory is not None for b in budgets.values()):
         where = (
             "GPU" if any(on_gpu(s.config) for s in stages if hasattr(s.config, "device")) else "CPU"
@@ -122,6 +141,52 @@ def _notes(stages: list[Stage], chosen: list[Stage], budgets: dict[str, Budget])
             f"larger of sampling and update; for a {where}"
         )
     return notes
+
+
+def _on_top(chosen: list[Stage]) -> list[str]:
+    """What the tokens leave out."""
+    more = []
+    if any(getattr(s.config, "num_generations", 0) and s.config.eval_dataset for s in chosen):
+        more.append("held-out answers")
+    if any(_chat_models(stage) for stage in chosen):
+        more.append("what judges and rewriters read and write")
+    return [f"tokens that come on top: {' and '.join(more)}"] if more else []
+
+
+def _needed_beside(chosen: list[Stage]) -> list[str]:
+    """Endpoints, models that are not the stage's own, and people."""
+    endpoints: dict[str, list[str]] = {}
+    models: dict[str, list[str]] = {}
+    notes = []
+    for stage in chosen:
+        for path, value in leaves(stage.config.model_dump(mode="json")):
+            if not isinstance(value, str) or path in stage.references:
+                continue
+            if value.startswith(("http://", "https://")):
+                endpoints.setdefault(value, []).append(stage.name)
+            elif path.startswith("generators.") and place_of(path) == "model":
+                models.setdefault(value, []).append(stage.name)
+        for name in stage.kind.written:
+            edits = getattr(stage.config, name, None)
+            if edits and not Path(edits).expanduser().exists():
+                notes.append(
+                    f"stops at {stage.name} until a person has edited {edits}, which it writes"
+                )
+    for what, found in (("endpoints", endpoints), ("more models", models)):
+        for value, names in found.items():
+            notes.append(f"{what}: {value} (for {', '.join(dict.fromkeys(names))})")
+    return notes
+
+
+def _chat_models(stage: Stage) -> list[str]:
+    """The judge and the rewriter of a stage, and the chat models of its rewards."""
+    given = leaves(stage.content())
+    return [
+        value
+        for path, value in given
+        if path in ("judge", "rewrite") or path.endswith(".chat_model")
+        if value is not None and value != "template"
+    ]
 
 
 def print_estimate(verb: str, config: Settings) -> None:
@@ -145,7 +210,7 @@ def _budget_text(config: Any, budget: Budget) -> str:
         source = config.dataset if hasattr(config, "dataset") else config.data
         return f"unknown until the rows of {source} are loaded"
     listed = " and ".join(f"{count(number)} tokens {what}" for what, number in tokens.items())
-    steps = "" if budget.steps is None else f", in {budget.steps:,} steps"
+    steps = "" if budget.steps is None else f", in {counted(budget.steps, 'step')}"
     held_out = ""
     if budget.samples and getattr(config, "eval_dataset", None):
         held_out = "; held-out answers come on top"
@@ -164,12 +229,18 @@ def _memory_text(config: Any, budget: Budget) -> str:
 
     phases = {"sampling": listed(SAMPLING), "update": listed(UPDATE)}
     found = [f"{name} ({words})" for name, words in phases.items() if words]
-    larger = "the larger of " if len(found) > 1 else ""
-    judge = getattr(config, "judge", None)
-    beside = "; without the judge" if judge and not judge.startswith("http") else ""
+    larger = ", and " + ("the larger of " if len(found) > 1 else "") if found else ""
+    judge, without = getattr(config, "judge", None), []
+    if hasattr(config, "resolved_judge"):
+        judge = config.resolved_judge[0]
+    if budget.samples and getattr(config, "generator", "hf") == "vllm":
+        without.append("the vLLM engine")
+    if judge and not judge.startswith("http"):
+        without.append("the judge")
+    beside = f"; without {' and '.join(without)}" if without else ""
     return (
         f"about {size(budget.memory.peak)} on a {'GPU' if on_gpu(config) else 'CPU'}, of "
-        f"{count(budget.shape.parameters)} weights: {listed(STATIC)}, and {larger}"
+        f"{count(budget.shape.parameters)} weights: {listed(STATIC)}{larger}"
         f"{' and '.join(found)}{beside}"
     )
 

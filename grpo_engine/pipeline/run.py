@@ -6,6 +6,8 @@
         record inputs, outputs, tokens and time by hash in manifest.json
 
 A stage runs in this process, as its verb does, and leaves nothing on the device when it returns.
+Results are set aside only after the stage that is to replace them has checked its settings against
+its inputs, and a command that fails before any stage has made anything leaves the folder as it was.
 """
 
 from __future__ import annotations
@@ -25,10 +27,21 @@ import torch
 
 from grpo_engine.checkpoint import DamagedCheckpoint, list_checkpoints, quarantine
 from grpo_engine.interrupt import Interrupt, StopRequested
-from grpo_engine.lineage import RUNNING, WAITING, Lineage, Output, Session, StageRecord, size_of
+from grpo_engine.lineage import (
+    HASHES_FILE,
+    MANIFEST_FILE,
+    RUNNING,
+    WAITING,
+    Lineage,
+    Output,
+    Session,
+    StageRecord,
+    size_of,
+)
 from grpo_engine.manifest import code_version, machine, package_versions
 from grpo_engine.metrics import strict_json, write_atomically
-from grpo_engine.pipeline.config import PipelineConfig
+from grpo_engine.pipeline.checks import check_settings
+from grpo_engine.pipeline.config import PipelineConfig, place_of
 from grpo_engine.pipeline.freshness import (
     Freshness,
     Verdict,
@@ -48,15 +61,20 @@ from grpo_engine.pipeline.stages import (
     Stage,
     StageKind,
     build,
+    check_models,
     resolved_config,
     run_stage,
+    validate_stage,
 )
-from grpo_engine.progress import clock, say
+from grpo_engine.progress import clock, counted, say
 from grpo_engine.session import now
+from grpo_engine.settings import Settings
 from grpo_engine.types import UserError
 
 # Of a stage's folder: what is not a result of its own.
 NOT_RESULTS = {"config.yaml", "manifest.json", "metrics.jsonl", "report.html"}
+LOCK_FILE = ".lock"
+OWN_FILES = ("config.yaml", MANIFEST_FILE, HASHES_FILE)  # the pipeline's own
 
 
 def run_pipeline(
@@ -79,6 +97,8 @@ def run_pipeline(
     """
     stages = build(config, kinds)
     chosen = choose(stages, only, from_stage, to_stage)
+    check_models(chosen)
+    check_settings(chosen)
     lineage = Lineage(config.output_dir)
     freshness = Freshness(stages, lineage)
     if dry_run:
@@ -123,9 +143,17 @@ def check(
     for stage in chosen:
         if stage.folder.exists() and not stage.folder.is_dir():
             raise UserError(f"stage {stage.name}: {stage.folder} exists and is not a folder")
+        for name, text, path in outside_files(stage):
+            inside = [s.name for s in stages if path.resolve().is_relative_to(s.folder.resolve())]
+            if inside:
+                raise UserError(
+                    f"stage {stage.name}: --{name} {text}: lies in the folder of the stage "
+                    f"{inside[0]}; refer to it as {{{inside[0]}}}/..."
+                )
     for stage_name, files in missing_files(chosen).items():
         name, text = files[0]
-        raise UserError(f"stage {stage_name}: --{name} {text}: no such file")
+        what = "folder" if place_of(name) in ("model", "reward model") else "file"
+        raise UserError(f"stage {stage_name}: --{name} {text}: no such {what}")
     will_run = {stage.name for stage in chosen}
     for stage in chosen:
         for name, reference in stage.references.items():
@@ -136,13 +164,6 @@ def check(
                 f"stage {stage.name}: --{name} {reference}: the stage {reference.stage} has not "
                 "finished, and this command leaves it as it is"
             )
-        for name, text, path in outside_files(stage):
-            inside = [s.name for s in stages if path.resolve().is_relative_to(s.folder.resolve())]
-            if inside:
-                raise UserError(
-                    f"stage {stage.name}: --{name} {text}: lies in the folder of the stage "
-                    f"{inside[0]}; refer to it as {{{inside[0]}}}/..."
-                )
 
 
 @contextmanager
@@ -151,7 +172,7 @@ def only_one(folder: Path) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = (folder / LOCK_FILE).open("w")
     except OSError as error:
         for path in made:
             if path.is_dir():
@@ -164,7 +185,13 @@ def only_one(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"--output_dir {folder}: another grpo-engine r1 is running there"
             ) from None
-        yield
+        try:
+            yield
+        finally:
+            if made and [path.name for path in folder.iterdir()] == [LOCK_FILE]:
+                (folder / LOCK_FILE).unlink()  # nothing has come of it
+                for path in made:
+                    path.rmdir()
 
 
 class PipelineRun:
@@ -186,27 +213,17 @@ class PipelineRun:
         self.listed = {stage.name: stage.kind_name for stage in stages}
         self.begun = time.monotonic()
         self.code_version = code_version()
+        self.before = {name: _bytes_of(config.output_dir / name) for name in OWN_FILES}
+        self.has_head = False  # see _write_head
+        self.has_made = False  # a stage has written something
 
     def to_an_end(self, interrupt: Interrupt) -> int:
         """Run the stages, then write how it ended."""
         self._announce()
-        write_atomically(self.config.output_dir / "config.yaml", self.config.text())
-        seed = self.config.shared.get("seed", 0)
-        self.lineage.write(
-            self.listed,
-            name=self.config.output_dir.name,
-            recipe=self.recipe,
-            status=RUNNING,
-            started=self.lineage.values.get("started") or now(),
-            finished=None,
-            seed=seed,
-            code_version=self.code_version,
-            versions=package_versions(),
-            host=machine(),
-        )
         code, status = 1, "failed"
         try:
             code = self._stages(interrupt)
+            self._write_head()
             status = "finished" if code == 0 else "stopped" if code in (130, 143) else "failed"
             others = self._other_statuses()
             if status == "finished" and others:
@@ -214,10 +231,45 @@ class PipelineRun:
         except StopRequested:
             code, status = interrupt.exit_code, "stopped"
             say(f"stopped; the same command goes on from there, in {self.config.output_dir}")
+        except UserError:
+            if not self.has_made:
+                self._put_back()
+            raise
         finally:
-            self.lineage.write(self.listed, status=status, finished=now())
-            self._report()
+            if self.has_head:
+                self.lineage.write(self.listed, status=status, finished=now())
+                self._report()
         return code
+
+    def _write_head(self) -> None:
+        """config.yaml, and what the manifest says of the pipeline as a whole: once, before the
+        first stage that begins."""
+        if self.has_head:
+            return
+        self.has_head = True
+        write_atomically(self.config.output_dir / "config.yaml", self.config.text())
+        self.lineage.write(
+            self.listed,
+            name=self.config.output_dir.name,
+            recipe=self.recipe,
+            status=RUNNING,
+            started=self.lineage.values.get("started") or now(),
+            finished=None,
+            seed=self.config.shared.get("seed", 0),
+            code_version=self.code_version,
+            versions=package_versions(),
+            host=machine(),
+        )
+
+    def _put_back(self) -> None:
+        """As if the command had not been given: the mistake is not what the folder goes on with."""
+        self.has_head = False
+        for name, content in self.before.items():
+            path = self.config.output_dir / name
+            if content is None:
+                path.unlink(missing_ok=True)
+            elif path.read_bytes() != content:
+                path.write_bytes(content)
 
     def _announce(self) -> None:
         """What will run and why, one line each, before anything does."""
@@ -250,27 +302,29 @@ class PipelineRun:
                 return code
         show_evaluations(self.lineage.records, list(self.listed), self.config.output_dir)
         took = clock(time.monotonic() - self.begun)
-        print(f"finished: {len(self.chosen)} stages in {took}, {self.config.output_dir}")
+        stages = counted(len(self.chosen), "stage")
+        print(f"finished: {stages} in {took}, {self.config.output_dir}")
         return 0
 
     def _one(self, stage: Stage, verdict: Verdict, label: str, interrupt: Interrupt) -> int:
         """One stage, from its inputs to its record; returns its exit code."""
         check_results_are_there(stage, self.freshness.of_name)
         anew = verdict.action == "run" or self.overwrite
+        config = resolved_config(stage, self.freshness.of_name)
+        if anew and files_in(stage.folder):
+            self._validate(stage, config, interrupt)
+        self._write_head()
         record = self._begin(stage, anew)
-        session = record.sessions[-1]
+        session, there = record.sessions[-1], files_in(stage.folder)
         elapsed = clock(time.monotonic() - self.begun)
         how = "" if anew else ", goes on where it stopped"
         print(f"{label}: {stage.kind_name}{how}, after {elapsed}", flush=True)
         started, code, status = time.monotonic(), 1, "failed"
         try:
             with interrupt.abortable():  # for the moments before and after the stage's own handlers
-                config = resolved_config(stage, self.freshness.of_name)
                 name = f"{self.recipe or self.config.output_dir.name}/{stage.name}"
                 code = run_stage(stage, config, overwrite=anew, label=name)
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                _leave_the_device()
             status = {0: "finished", 130: "stopped", 143: "stopped"}.get(code, "failed")
             if code == 0 and waits_for_a_person(stage.folder):
                 status = WAITING
@@ -286,6 +340,7 @@ class PipelineRun:
             record.error = f"{type(error).__name__}: {error}"
             raise
         finally:
+            self.has_made |= code != 2 or files_in(stage.folder) != there
             session.finished, session.exit_code = now(), code
             session.seconds = round(time.monotonic() - started, 3)
             record.status = status
@@ -302,10 +357,25 @@ class PipelineRun:
             say(f"the same command goes on from there, in {self.config.output_dir}")
         return code
 
+    def _validate(self, stage: Stage, config: Settings, interrupt: Interrupt) -> None:
+        """What the stage refuses is said while the results that it would displace are in their
+        place. The model is loaded once more for it."""
+        try:
+            with interrupt.abortable():
+                validate_stage(stage, config)
+                _leave_the_device()
+        except UserError as error:
+            raise UserError(f"stage {stage.name}: {error}") from error
+        interrupt.check()
+
     def _begin(self, stage: Stage, anew: bool) -> StageRecord:
         """The stage's record with a session more; what lies in the folder is set aside first where
         the stage begins anew."""
         records = self.lineage.records
+        try:
+            inputs = self.freshness.inputs(stage)
+        except DamagedCheckpoint as damage:
+            raise UserError(f"stage {stage.name}: an input is damaged: {damage}") from damage
         if anew:
             self._clear(stage)
             records[stage.name] = StageRecord(
@@ -315,10 +385,7 @@ class PipelineRun:
         record.settings = stage.content()
         text = strict_json(record.settings)
         record.settings_sha256 = sha256(text.encode()).hexdigest()
-        try:
-            record.inputs = self.freshness.inputs(stage)
-        except DamagedCheckpoint as damage:
-            raise UserError(f"stage {stage.name}: an input is damaged: {damage}") from damage
+        record.inputs = inputs
         record.status, record.error = RUNNING, None
         record.sessions.append(Session(started=now(), code_version=self.code_version))
         self.lineage.write(self.listed)
@@ -366,3 +433,20 @@ class PipelineRun:
             print(f"report: {write(self.config.output_dir)}", flush=True)
         except UserError as error:
             say(f"no report: {error}")
+
+
+def files_in(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of last change of every file."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    stats = {str(path): path.stat() for path in found}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+def _bytes_of(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def _leave_the_device() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

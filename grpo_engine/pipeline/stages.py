@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from grpo_engine.checkpoint import list_checkpoints
 from grpo_engine.metrics import write_atomically
 from grpo_engine.pipeline.config import (
+    REWARD_MODEL_FIELDS,
     PipelineConfig,
     Reference,
     StageEntry,
@@ -23,12 +26,15 @@ from grpo_engine.pipeline.config import (
     place_of,
     references,
 )
-from grpo_engine.settings import Settings, build_config, config_text, load_yaml
+from grpo_engine.settings import SamplerConfig, Settings, build_config, config_text, load_yaml
 from grpo_engine.types import UserError
 
-# Of every stage: where it puts its files and how it uses the machine. They may change without the
-# stage having to run again. A training stage's class adds its own (``RESUMABLE_FIELDS``).
-NEUTRAL_FIELDS = frozenset({"output_dir", "device"})
+# Of every stage: where it puts its files and how it uses the machine, an engine's share of it too.
+# They may change without the stage having to run again. A training stage's class adds its own
+# (``RESUMABLE_FIELDS``).
+NEUTRAL_FIELDS = frozenset({"output_dir", "device"}) | (
+    SamplerConfig.model_fields.keys() - {"generator"}
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class StageKind:
             the exit code.
         trains: it writes checkpoints and takes ``resume``; other stages go on where they stopped
             by themselves.
+        checkpoints: what they hold, a ``model`` or a ``reward model``.
         product: the file that a bare reference to the stage means, or several of which its settings
             choose one; () where it trains: then it is its newest checkpoint.
         files: the other files that can be referred to, as glob patterns.
@@ -51,6 +58,7 @@ class StageKind:
     config: str
     run: str
     trains: bool = False
+    checkpoints: str = "model"
     product: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     neutral: frozenset[str] = frozenset()
@@ -78,9 +86,19 @@ class StageKind:
         return (*self.product, *trained, *self.files)
 
     def gives(self, path: str) -> str:
-        """What a reference with ``path`` leads to: a ``model`` or ``data``."""
+        """What a reference with ``path`` leads to: a ``model``, a ``reward model`` or ``data``."""
         checkpoint = not path or Path(path).match("checkpoint-*")
-        return "model" if self.trains and checkpoint else "data"
+        return self.checkpoints if self.trains and checkpoint else "data"
+
+    def takes(self, wanted: str, found: str) -> bool:
+        """Whether ``found`` may stand where ``wanted`` is: training a reward model may also begin
+        with one."""
+        if wanted == "any model":
+            return found != "data"
+        if wanted == "file":
+            return found == "data"
+        begins = (wanted, found) == ("model", "reward model") and self.checkpoints == found
+        return found == wanted or begins
 
     def result(self, folder: Path) -> Path | None:
         """What a bare reference leads to; None while it is not there."""
@@ -130,6 +148,7 @@ STAGES: dict[str, StageKind] = {
         "grpo_engine.reward_model_config:RewardModelConfig",
         "grpo_engine.reward_model:run_reward_model",
         trains=True,
+        checkpoints="reward model",
     ),
     "eval": StageKind(
         "grpo_engine.evaluation.config:EvalConfig",
@@ -185,6 +204,16 @@ def _settings(
     return build_config({**inherited, **entry.fields, "output_dir": str(folder)}, cls)
 
 
+_WORDS = {
+    "model": "a model",
+    "any model": "a model",
+    "reward model": "a reward model",
+    "data": "data",
+    "file": "a file",
+    "function": "a function",
+}
+
+
 def _check_products(stages: list[Stage]) -> None:
     """A reference must be to something that the other stage's kind makes."""
     of_name = {stage.name: stage for stage in stages}
@@ -197,12 +226,40 @@ def _check_products(stages: list[Stage]) -> None:
                     f"makes {', '.join(source.kind.makes())}"
                 )
             found, wanted = source.kind.gives(reference.path), place_of(path)
-            if wanted in ("model", "data") and found != wanted:
+            if wanted is not None and not stage.kind.takes(wanted, found):
                 raise UserError(
                     f"stage {stage.name}: --{path} {reference}: a stage of {source.kind_name} "
-                    f"gives {'a model' if found == 'model' else 'data'} there, wanted "
-                    f"{'a model' if wanted == 'model' else 'data'}"
+                    f"gives {_WORDS[found]} there, wanted {_WORDS[wanted]}"
                 )
+            if wanted == "reward model" and source.config.kind != REWARD_MODEL_FIELDS[path]:
+                raise UserError(
+                    f"stage {stage.name}: --{path} {reference}: the stage {source.name} trains a "
+                    f"reward model of kind {source.config.kind!r}"
+                )
+
+
+def check_models(stages: list[Stage]) -> None:
+    """``UserError`` for a folder from outside the pipeline that holds another kind of model than
+    its field is for. One that is not there is left to ``freshness.missing_files``."""
+    from grpo_engine.models.load import is_classifier
+    from grpo_engine.rewards.model import ScoreCard, saved_folder
+
+    for stage in stages:
+        for name, value in leaves(stage.content()):
+            wanted = place_of(name)
+            if name in stage.references or not isinstance(value, str):
+                continue
+            where, path = f"stage {stage.name}: --{name} {value}", Path(value).expanduser()
+            if wanted == "model" and not stage.kind.takes(wanted, "reward model"):
+                if is_classifier(path):
+                    raise UserError(f"{where}: holds a reward model, wanted a model")
+            elif wanted == "reward model" and path.is_dir():
+                try:
+                    kind = ScoreCard.read(saved_folder(path)).kind
+                except UserError as error:
+                    raise UserError(f"{where}: {error}") from error
+                if kind != REWARD_MODEL_FIELDS[name]:
+                    raise UserError(f"{where}: is a reward model of kind {kind!r}")
 
 
 def referenced_path(source: Stage, reference: Reference) -> Path | None:
@@ -243,6 +300,13 @@ def _note_where_inputs_are(stage: Stage, config: Settings) -> None:
     if any(before.get(name) != now[name] for name in places):
         moved = build_config(before | {name: now[name] for name in places}, type(config))
         write_atomically(path, config_text(moved))
+
+
+def validate_stage(stage: Stage, config: Settings) -> None:
+    """The stage's own dry run, without its words: it loads and checks everything, raises
+    ``UserError`` for what it would refuse, and leaves its folder as it is."""
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        stage.kind.function()(config, overwrite=True, dry_run=True)
 
 
 def run_stage(stage: Stage, config: Settings, *, overwrite: bool, label: str) -> int:

@@ -5,21 +5,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from grpo_engine.data import Row, load_rows
-from grpo_engine.evaluation.folder import identity
-from grpo_engine.evaluation.samples import Cell, SampleFile, fingerprint, plan_batches
-from grpo_engine.generation.hf import HFGenerator
 from grpo_engine.interrupt import Interrupt
-from grpo_engine.manifest import rows_sha256, weights_sha256
-from grpo_engine.policy import Policy
+from grpo_engine.manifest import rows_sha256
 from grpo_engine.preferences.config import PreferencesConfig
 from grpo_engine.prepare import load_prompts
 from grpo_engine.rewards.model import judged_part
-from grpo_engine.rollouts import Prompt, derive_seed
-from grpo_engine.types import GenerationRequest, SamplingParams, UserError
+from grpo_engine.sampling.folder import identity
+from grpo_engine.sampling.model import SamplingModel
+from grpo_engine.sampling.samples import Cell, SampleFile
+from grpo_engine.sampling.series import Series, draw_missing
+from grpo_engine.types import UserError
 
 
 @dataclass(frozen=True)
@@ -96,118 +95,52 @@ def usable_answers(
     return usable
 
 
-@dataclass
 class Sampler:
-    """Draws the answers to ``rows``. The same answers come whatever was there before."""
+    """Draws the answers to ``rows``. The same answers come whatever was there before. Raises
+    UserError for a model or prompts that do not go together."""
 
-    config: PreferencesConfig
-    policy: Policy
-    prompts: list[Prompt]
-    rows: int
-    generator: HFGenerator
-    inputs: dict[str, Any] = field(init=False)
-
-    def __post_init__(self) -> None:
-        config = self.config
-        self.sampling = SamplingParams(
-            config.max_completion_length, config.temperature, config.top_p, config.top_k
-        )
-        self.of_row = {prompt.row["row"]: prompt for prompt in self.prompts}
-        texts = [[prompt.row["row"], prompt.text] for prompt in self.prompts]
+    def __init__(self, config: PreferencesConfig, rows: list[Row]) -> None:
+        self.model = SamplingModel(config.model, config)
+        prompts = load_prompts(config, self.model.policy.tokenizer, rows)
+        self.series = Series("preferences", config, prompts)
+        self.model.check_positions(self.series)
         self.inputs = {
-            "model": {
-                "path": config.model,
-                "weights_sha256": weights_sha256(self.policy.model),
-                "dtype": config.dtype,
-                "end_ids": list(self.policy.eos_ids),
+            "model": self.model.inputs(),
+            "prompts": {
+                "sha256": self.series.prompts_sha256(),
+                "template": config.prompt_template,
             },
-            "prompts": {"sha256": fingerprint(texts), "template": config.prompt_template},
-            "sampling": {
-                "num_samples": config.num_samples,
-                "temperature": config.temperature,
-                "top_p": config.top_p,
-                "top_k": config.top_k,
-                "max_completion_length": config.max_completion_length,
-                "seed": config.seed,
-            },
+            "sampling": {"num_samples": config.num_samples, **self.series.inputs()},
         }
         self._identity = identity(self.inputs)
 
-    @classmethod
-    def load(cls, config: PreferencesConfig, rows: list[Row]) -> Sampler:
-        """Model and prompts, checked. Raises UserError."""
-        policy = Policy.load(
-            config.model, dtype=config.dtype, device=config.device, trainable=False
-        )
-        prompts = load_prompts(config, policy.tokenizer, rows)
-        limit = getattr(policy.text_config, "max_position_embeddings", None)
-        longest = max(len(prompt.token_ids) for prompt in prompts)
-        if limit is not None and longest + config.max_completion_length > limit:
-            raise UserError(
-                f"--max_completion_length {config.max_completion_length}: with the longest prompt "
-                f"({longest} tokens) it passes the {limit} positions of {config.model}"
-            )
-        generator = HFGenerator(
-            policy,
-            max_batch_size=config.generation_batch_size,
-            max_batch_tokens=config.generation_batch_tokens,
-        )
-        return cls(config, policy, prompts, len(rows), generator)
+    @property
+    def total(self) -> int:
+        return len(self.series.prompts) * self.series.config.num_samples
 
     def key_of(self, cell: Cell) -> str | None:
         """All that a sample's tokens depend on; None for a cell that is not asked for."""
-        prompt = self.of_row.get(cell[0])
-        if prompt is None or cell[1] >= self.config.num_samples:
-            return None
-        return fingerprint(self._identity, prompt.token_ids, self._seed(cell))
+        asked = cell[1] < self.series.config.num_samples
+        return self.series.key(cell, self._identity) if asked else None
 
-    def _seed(self, cell: Cell) -> int:
-        return derive_seed(self.config.seed, "preferences", *cell)
-
-    def batches(self) -> Iterator[list[Cell]]:
-        for batch in plan_batches(
-            [len(prompt.token_ids) for prompt in self.prompts],
-            self.config.num_samples,
-            self.config.max_completion_length,
-            max_rows=self.config.generation_batch_size,
-            max_tokens=self.config.generation_batch_tokens,
-        ):
-            yield [(self.prompts[index].row["row"], number) for index, number in batch]
-
-    def sample(self, samples: SampleFile, interrupt: Interrupt) -> Iterator[int]:
-        """Draw what is not there yet; yields the answers of each batch, drawn or found."""
-        for cells in self.batches():
-            missing = [cell for cell in cells if cell not in samples.samples]
-            if missing:
-                with interrupt.abortable():
-                    drawn = self._draw(missing)
-                samples.append(drawn)
-            yield len(cells)
+    def sample(self, samples: SampleFile, interrupt: Interrupt) -> Iterator[tuple[int, bool]]:
+        """Draw what is not there yet; yields (answers there now, whether any was drawn) of each
+        batch."""
+        return draw_missing(self.series, samples, self._draw, interrupt)
 
     def _draw(self, cells: list[Cell]) -> list[SampledAnswer]:
-        requests = [
-            GenerationRequest(self.of_row[cell[0]].token_ids, self._seed(cell)) for cell in cells
-        ]
-        drawn = []
-        for cell, one in zip(cells, self.generator.generate(requests, self.sampling), strict=True):
-            ids = one.completion_ids[:-1] if one.finish_reason == "stop" else one.completion_ids
-            text = self.policy.tokenizer.decode(ids, skip_special_tokens=False)
-            drawn.append(
-                SampledAnswer(
-                    row=cell[0],
-                    sample=cell[1],
-                    seed=self._seed(cell),
-                    completion=self._begun(cell[0]) + text,
-                    length=len(one.completion_ids),
-                    finish_reason=one.finish_reason,
-                )
+        return [
+            SampledAnswer(
+                *cell,
+                seed=self.series.seed(cell),
+                completion=self.series.begun(cell) + text,
+                length=length,
+                finish_reason=reason,
             )
-        return drawn
-
-    def _begun(self, row: int) -> str:
-        """What the prompt made the answer begin with."""
-        opened = self.of_row[row].text.rstrip().endswith("<think>")
-        return self.config.response_prefix or ("<think>" if opened else "")
+            for cell, (text, length, reason) in zip(
+                cells, self.model.draw(self.series, cells), strict=True
+            )
+        ]
 
 
 def dataset_input(config: PreferencesConfig, rows: list[Row]) -> dict[str, Any]:

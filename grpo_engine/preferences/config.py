@@ -7,14 +7,14 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from grpo_engine.settings import PromptConfig
+from grpo_engine.settings import PromptConfig, SamplerConfig
 
 # Judgements and scope where the field is null: v2 3.1, v1 2.3.4.
 JUDGEMENTS = {"helpful": 4, "safety": 1}
 SCOPES = {"helpful": "summary", "safety": "response"}
 
 
-class PreferencesConfig(PromptConfig):
+class PreferencesConfig(PromptConfig, SamplerConfig):
     """Everything the data depends on; the resolved copy is saved as ``config.yaml``."""
 
     stage: ClassVar[str] = "preferences"
@@ -58,10 +58,12 @@ class PreferencesConfig(PromptConfig):
     )
 
     # --- judge ----------------------------------------------------------------------------------
-    judge: str = Field(
+    judge: str | None = Field(
+        None,
         min_length=1,
         description="the chat model that judges (paper: DeepSeek-V3): http(s)://.../v1, "
-        "module:function, file.py:function, or a local model",
+        "module:function, file.py:function, or a local model; null: model itself judges, loaded "
+        "here (a small one seldom gives a verdict that can be read)",
     )
     judge_options: dict[str, Any] = Field(
         {},
@@ -117,6 +119,13 @@ class PreferencesConfig(PromptConfig):
     )
     seed: int = Field(0, ge=0)
     output_dir: str = "runs/preferences"
+
+    @property
+    def resolved_judge(self) -> tuple[str, dict[str, Any]]:
+        """The chat model's name and its options."""
+        if self.judge is not None:
+            return self.judge, self.judge_options
+        return self.model, {"device": self.device, "dtype": self.dtype, **self.judge_options}
 
     @property
     def resolved_scope(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from grpo_engine.rewards.format import has_readable_format
-from grpo_engine.settings import PromptConfig
+from grpo_engine.settings import PromptConfig, SamplerConfig
 
 # Our words for "directly prompting for detailed answers with reflection and verification".
 DIRECT_SUFFIX = (
@@ -22,6 +22,9 @@ SUMMARIES = {
     "en": "The final answer is \\boxed{{answer}}.",
     "zh": "最终答案是 \\boxed{{answer}}。",
 }
+
+# How the judge is asked.
+JUDGE_SAMPLING = ("judge_temperature", "judge_max_tokens", "judge_attempts")
 
 
 class GeneratorConfig(BaseModel):
@@ -61,7 +64,7 @@ class GeneratorConfig(BaseModel):
         return {**of_method, **own}
 
 
-class SampleConfig(PromptConfig):
+class SampleConfig(PromptConfig, SamplerConfig):
     """Everything the data depends on; the resolved copy is saved as ``config.yaml``."""
 
     stage: ClassVar[str] = "sample"
@@ -127,12 +130,16 @@ class SampleConfig(PromptConfig):
     judge: str | None = Field(
         None,
         description="a model that compares answer and reference (v2 Listing 4): module:function, "
-        "file.py:function, http(s)://.../v1, or a local model",
+        "file.py:function, http(s)://.../v1, or a local model; null: none (no model is the "
+        "default: what the judge takes for right is what the next stage learns)",
     )
     judge_options: dict[str, Any] = Field({}, description="of the judge, such as its model name")
     judge_rows: Literal["unscored", "all"] = Field(
         "unscored", description="judge rows to which no reward applies, or every row as well"
     )
+    judge_temperature: float = Field(0.0, ge=0, description="NR; 0: greedy")
+    judge_max_tokens: int = Field(2048, ge=1, description="of one reply (NR)")
+    judge_attempts: int = Field(3, ge=1, description="replies asked for until one can be read")
     reward_workers: int = Field(2, ge=1)
     reward_timeout: float = Field(10.0, gt=0, description="seconds to verify one answer")
     max_reward_error_rate: float = Field(
@@ -149,6 +156,12 @@ class SampleConfig(PromptConfig):
         ge=0,
         le=1,
         description="words of the prompt's language in the reasoning (NR); null = any",
+    )
+    max_off_script_characters: int | None = Field(
+        None,
+        ge=0,
+        description="letters of other scripts in the whole answer, which sees a leak of a few "
+        "characters in a long one (not in the paper); null = any",
     )
     max_paragraph_words: int | None = Field(
         500, ge=1, description="of the longest paragraph of the reasoning (NR); null = any"
@@ -256,6 +269,9 @@ class SampleConfig(PromptConfig):
                 yield f"reward_domains: {reward}: []: wanted some domains"
         if self.judge is None and self.judge_rows == "all":
             yield "judge_rows='all': needs a judge"
+        for name in JUDGE_SAMPLING if self.judge is None else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                yield f"{name}={getattr(self, name)!r}: has no meaning without a judge"
 
     def _rewriting_problems(self) -> Iterator[str]:
         for slot in ("{reasoning}", "{summary}"):

@@ -4,31 +4,18 @@ deleted; anything else that has changed is a mistake, and named."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from grpo_engine.data import read_rows
-from grpo_engine.evaluation.samples import fingerprint
-from grpo_engine.metrics import write_atomically
+from grpo_engine.data import Row, read_rows
+from grpo_engine.rejection.drafts import Draft
 from grpo_engine.rejection.select import Candidate
+from grpo_engine.sampling.samples import fingerprint
 from grpo_engine.types import UserError
 
 _OWN = ("id", "completion", "drop")
-
-
-@dataclass(frozen=True)
-class Edits:
-    """``texts``: the completion of each candidate as the file has it, None where it was dropped."""
-
-    texts: list[str | None]
-    changed: int
-    dropped: int
-
-    def counts(self) -> dict[str, int]:
-        return {"candidates": len(self.texts), "edited": self.changed, "dropped": self.dropped}
 
 
 def edit_line(candidate: Candidate) -> dict[str, Any]:
@@ -47,48 +34,83 @@ def edit_line(candidate: Candidate) -> dict[str, Any]:
     return {"id": known, **shown, "completion": candidate.completion}
 
 
-def write_candidates(path: Path, candidates: Sequence[Candidate]) -> None:
-    """The file for the person, one line a candidate. UserError where it cannot be written."""
-    lines = [json.dumps(edit_line(one), ensure_ascii=False) + "\n" for one in candidates]
-    try:
-        write_atomically(path, "".join(lines))
-    except OSError as error:
-        raise UserError(f"--edit_file {path}: cannot be written ({error.strerror})") from error
+def write_candidates(path: Path, candidates: Iterable[Candidate]) -> int:
+    """The file for the person, one line a candidate; returns how many. UserError where it cannot be
+    written."""
+    count = 0
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(Draft(path))
+        except OSError as error:
+            raise UserError(f"--edit_file {path}: cannot be written ({error.strerror})") from error
+        for one in candidates:
+            file.write([edit_line(one)])
+            count += 1
+        file.publish()
+    return count
 
 
-def read_edits(path: Path, candidates: Sequence[Candidate]) -> Edits:
-    """The person's version of ``candidates``. Raises UserError naming file and line for a line that
-    is none of them, is there twice, or has other changes than it may."""
-    offered = {edit_line(one)["id"]: edit_line(one) for one in candidates}
-    texts: dict[str, str | None] = {}
-    # An empty file means that every candidate was dropped.
-    lines = read_rows(str(path)) if path.stat().st_size else []
-    for number, line in enumerate(lines, start=1):
-        where = f"--edit_file {path}: line {number}"
-        name = line.get("id")
-        if not isinstance(name, str) or name not in offered:
-            raise UserError(
-                f"{where}: id {name!r:.40} is none of this run's candidates; move the file away "
-                "to have them written anew"
-            )
-        if name in texts:
-            raise UserError(f"{where}: id {name!r} is there twice")
-        for column, value in offered[name].items():
+class Edits:
+    """The person's version of the candidates, which are offered to it one after the other.
+
+    Raises UserError naming file and line for a line that is none of them, is there twice, or has
+    other changes than it may.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offered = self.changed = self.dropped = 0
+        self._lines: dict[str, tuple[int, Row]] = {}  # not taken yet, with their numbers
+        # An empty file means that every candidate was dropped.
+        lines = read_rows(str(path)) if path.stat().st_size else []
+        for number, line in enumerate(lines, start=1):
+            name = line.get("id")
+            if not isinstance(name, str):
+                raise self._not_ours(number, name)
+            if name in self._lines:
+                raise UserError(f"{self._where(number)}: id {name!r} is there twice")
+            self._check(line, self._where(number))
+            self._lines[name] = number, line
+
+    def take(self, candidate: Candidate) -> str | None:
+        """The text of the candidate as the file has it, None where it was dropped."""
+        self.offered += 1
+        offered = edit_line(candidate)
+        number, line = self._lines.pop(offered["id"], (0, {"drop": True}))
+        for column, value in offered.items():
             if column not in _OWN and column in line and line[column] != value:
-                raise UserError(f"{where}: {column!r} was changed; only completion may be")
+                raise UserError(
+                    f"{self._where(number)}: {column!r} was changed; only completion may be"
+                )
+        if line.get("drop", False):
+            self.dropped += 1
+            return None
+        self.changed += line["completion"] != offered["completion"]
+        return line["completion"]
+
+    def check_all_taken(self) -> None:
+        for name, (number, _) in self._lines.items():
+            raise self._not_ours(number, name)
+
+    def counts(self) -> dict[str, int]:
+        return {"candidates": self.offered, "edited": self.changed, "dropped": self.dropped}
+
+    def _where(self, number: int) -> str:
+        return f"--edit_file {self.path}: line {number}"
+
+    def _not_ours(self, number: int, name: Any) -> UserError:
+        return UserError(
+            f"{self._where(number)}: id {name!r:.40} is none of this run's candidates; move the "
+            "file away to have them written anew"
+        )
+
+    @staticmethod
+    def _check(line: Row, where: str) -> None:
         completion, drop = line.get("completion"), line.get("drop", False)
         if not isinstance(drop, bool):
             raise UserError(f"{where}: drop must be true or false, got {drop!r:.40}")
         if not drop and (not isinstance(completion, str) or not completion.strip()):
             raise UserError(f"{where}: completion must be a text, got {completion!r:.40}")
-        texts[name] = None if drop else completion
-    edited = [texts.get(name) for name in offered]
-    pairs = list(zip(edited, offered.values(), strict=True))
-    return Edits(
-        edited,
-        changed=sum(text is not None and text != line["completion"] for text, line in pairs),
-        dropped=sum(text is None for text in edited),
-    )
 
 
 def check_edit_file(config_value: str | None) -> None:

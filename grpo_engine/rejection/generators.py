@@ -9,47 +9,41 @@ from typing import Any
 
 from grpo_engine.data import Row, load_rows, read_rows
 from grpo_engine.evaluation.problems import PROMPT_COLUMNS
-from grpo_engine.policy import Policy
 from grpo_engine.prepare import load_prompts
 from grpo_engine.rejection.config import GeneratorConfig, SampleConfig
 from grpo_engine.rewards.judge import question_text
-from grpo_engine.rollouts import Prompt, derive_seed
-from grpo_engine.types import SamplingParams, UserError
+from grpo_engine.rollouts import Prompt
+from grpo_engine.sampling.model import Drawn, SamplingModel
+from grpo_engine.sampling.samples import Cell
+from grpo_engine.sampling.series import Series
+from grpo_engine.types import UserError
 
 # Few-shot examples for a base model, which has no turns to show them as (template 'none').
 QUESTION_MARK, ANSWER_MARK = "### Question", "### Answer"
 
 
 @dataclass
-class Generator:
-    """One way of sampling, with its prompts."""
+class Generator(Series):
+    """One way of sampling, with its prompts. ``config`` is the run's, with what this generator has
+    otherwise.
 
-    name: str
-    settings: SampleConfig  # the run's, with what this generator has otherwise
-    prompts: list[Prompt]
-    model: dict[str, Any]  # what the answers depend on: weights, number type, end ids
-    stop: str | None = None  # text at which an answer ends, where no end token does
-    of_row: dict[int, Prompt] = field(init=False)
+    Args:
+        model: what the answers depend on: weights, number type, end ids.
+        stop: text at which an answer ends, where no end token does.
+    """
 
-    def __post_init__(self) -> None:
-        self.of_row = {prompt.row["row"]: prompt for prompt in self.prompts}
+    model: dict[str, Any] = field(default_factory=dict)
+    stop: str | None = None
 
-    @property
-    def sampling(self) -> SamplingParams:
-        one = self.settings
-        return SamplingParams(one.max_completion_length, one.temperature, one.top_p, one.top_k)
+    def whole(self, cell: Cell, drawn: Drawn) -> Drawn:
+        """The answer with what the prompt made it begin with, and without the stop text."""
+        text, stopped, _ = drawn.text.partition(self.stop) if self.stop else (drawn.text, "", "")
+        if stopped:
+            drawn = drawn._replace(finish_reason="stop")
+        return drawn._replace(text=self.begun(cell) + (text.rstrip() if stopped else text))
 
-    def seed(self, row: int, sample: int) -> int:
-        return derive_seed(self.settings.seed, "sample", self.name, row, sample)
-
-    def completion(self, row: int, text: str) -> tuple[str, bool]:
-        """(the whole answer, what the prompt made it begin with included; whether the stop text
-        ended it)."""
-        text, stopped, _ = text.partition(self.stop) if self.stop else (text, "", "")
-        begun = self.settings.response_prefix or ""
-        if not begun and self.of_row[row].text.rstrip().endswith("<think>"):
-            begun = "<think>"  # some chat templates open the tag themselves
-        return begun + (text.rstrip() if stopped else text), bool(stopped)
+    def inputs(self) -> dict[str, Any]:
+        return {**super().inputs(), "stop": self.stop}
 
 
 def load_questions(config: SampleConfig) -> list[Row]:
@@ -89,10 +83,15 @@ def test_questions(config: SampleConfig) -> Iterator[str]:
 
 
 def make_generator(
-    one: GeneratorConfig, settings: SampleConfig, policy: Policy, rows: list[Row], weights: str
+    one: GeneratorConfig,
+    settings: SampleConfig,
+    model: SamplingModel,
+    rows: list[Row],
+    left_out: set[int],
 ) -> Generator:
-    """The prompts of ``rows`` as this generator puts them. Raises UserError as rendering does, and
-    where the longest answer would pass the model's positions."""
+    """The prompts of ``rows`` as this generator puts them; no answer is drawn for those
+    ``left_out``. Raises UserError as rendering does, and where the longest answer would pass the
+    model's positions."""
     shown, stop = rows, None
     if settings.few_shot and settings.prompt_template == "none":
         shown, stop = [_with_examples(row, settings) for row in rows], QUESTION_MARK
@@ -100,22 +99,11 @@ def make_generator(
     original = {row["row"]: row for row in rows}
     prompts = [
         Prompt(original[prompt.row["row"]], prompt.text, prompt.token_ids)
-        for prompt in load_prompts(settings, policy.tokenizer, shown)
+        for prompt in load_prompts(settings, model.policy.tokenizer, shown)
     ]
-    limit = getattr(policy.text_config, "max_position_embeddings", None)
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    if limit is not None and longest + settings.max_completion_length > limit:
-        raise UserError(
-            f"--max_completion_length {settings.max_completion_length}: with the longest prompt "
-            f"({longest} tokens) it passes the {limit} positions of {settings.model}"
-        )
-    model = {
-        "path": settings.model,
-        "weights_sha256": weights,
-        "dtype": settings.dtype,
-        "end_ids": list(policy.eos_ids),
-    }
-    return Generator(one.label, settings, prompts, model, stop)
+    made = Generator("sample", settings, prompts, one.label, left_out, model.inputs(), stop)
+    model.check_positions(made)
+    return made
 
 
 def _with_examples(row: Row, settings: SampleConfig) -> Row:

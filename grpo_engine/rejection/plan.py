@@ -10,11 +10,10 @@ from typing import Any
 
 from grpo_engine.checkpoint import file_sha256
 from grpo_engine.data import Row
-from grpo_engine.evaluation.samples import fingerprint
 from grpo_engine.filters import Decontamination
-from grpo_engine.manifest import code_version, machine, package_versions, rows_sha256
+from grpo_engine.manifest import rows_sha256
 from grpo_engine.rejection.config import SampleConfig
-from grpo_engine.rejection.draw import Drawing, Shelf, sampling_values
+from grpo_engine.rejection.draw import Drawing, Shelf
 from grpo_engine.rejection.generators import load_questions, make_generator, test_questions
 from grpo_engine.rejection.mix import General
 from grpo_engine.rejection.readable import ChatRewriter, Rewriter, TemplateRewriter
@@ -23,6 +22,7 @@ from grpo_engine.rejection.verify import Verifier
 from grpo_engine.rejection.work import Work
 from grpo_engine.rewards.judge import ChatModel, load_chat_model
 from grpo_engine.rewards.language import measure_language
+from grpo_engine.sampling.samples import fingerprint
 from grpo_engine.types import UserError
 
 
@@ -51,17 +51,16 @@ def prepare(config: SampleConfig, stack: ExitStack) -> Work:
     stack.callback(shelf.close)
     generators, tokenizer = [], None
     for one, settings in config.resolved_generators():
-        policy = shelf.policy_of(settings.model)
-        tokenizer = tokenizer or policy.tokenizer
-        weights = shelf.weights[settings.model]
-        generators.append(make_generator(one, settings, policy, rows, weights))
-        del policy  # or it would still be there while the next is loaded
+        model = shelf.model_of(settings.model)
+        tokenizer = tokenizer or model.policy.tokenizer
+        generators.append(make_generator(one, settings, model, rows, contaminated))
+        del model  # or it would still be there while the next is loaded
     return Work(
         config=config,
         rows={row["row"]: row for row in rows},
         generators=generators,
         contaminated=contaminated,
-        drawing=Drawing(config, generators, contaminated, verifier, shelf),
+        drawing=Drawing(config, generators, verifier, shelf),
         rules=rules,
         rewriter=rewriter,
         general=general,
@@ -99,7 +98,7 @@ def make_rewriter(config: SampleConfig, rows: list[Row], models: _ChatModels) ->
 
 def _check_languages(config: SampleConfig, rows: list[Row]) -> None:
     """A language that the filter does not know, or cannot tell from English, is found now."""
-    if config.min_language_share is None:
+    if config.min_language_share is None and config.max_off_script_characters is None:
         return
     for code in dict.fromkeys(row.get("language") for row in rows):
         if code is not None:
@@ -118,8 +117,7 @@ def inputs_of_samples(work: Work) -> dict[str, dict[str, Any]]:
         "verifier": work.drawing.verifier.identity(),
     }
     for one in work.generators:
-        texts = [[prompt.row["row"], prompt.text] for prompt in one.prompts]
-        shown = {"prompts_sha256": fingerprint(texts), **sampling_values(one)}
+        shown = {"prompts_sha256": one.prompts_sha256(), **one.inputs()}
         inputs[f"generator {one.name}"] = {**one.model, **shown}
     return inputs
 
@@ -149,14 +147,14 @@ def inputs_of(work: Work) -> dict[str, dict[str, Any]]:
     return found
 
 
-def plan_text(work: Work) -> str:
+def plan(work: Work) -> list[tuple[str, str]]:
     """The plan of a dry run, with the most tokens that it may draw."""
     config = work.config
     count = len(work.rows) - len(work.contaminated)
     lines = [("prompts", f"{count} of {len(work.rows)} rows of {config.dataset}")]
     budget = 0
     for one in work.generators:
-        drawn = one.settings
+        drawn = one.config
         prompts = sum(row not in work.contaminated for row in one.of_row)
         total = prompts * drawn.num_samples
         budget += total * drawn.max_completion_length
@@ -185,18 +183,4 @@ def plan_text(work: Work) -> str:
         lines.append(("mixed in", f"{share} ({rows} rows of {config.general_dataset})"))
     prompt = json.dumps(work.generators[0].prompts[0].text, ensure_ascii=False)
     lines.append(("prompt", prompt))
-    return "\n".join(f"{name:<12} {text}" for name, text in lines)
-
-
-def manifest_values(work: Work, recipe: str | None) -> dict[str, Any]:
-    return {
-        "verb": "sample",
-        "stage": "sample",
-        "name": Path(work.config.output_dir).name,
-        "recipe": recipe,
-        "code_version": code_version(),
-        "seed": work.config.seed,
-        "inputs": inputs_of(work),
-        "versions": package_versions(),
-        "host": machine(),
-    }
+    return lines

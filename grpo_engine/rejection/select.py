@@ -1,5 +1,6 @@
 """Which answers are kept, and the first reason why another is not. A pure function of the samples
-and the fields: with other thresholds the same samples make other data.
+and the fields: with other thresholds the same samples make other data. One row at a time: all
+answers together may be more than fits in memory.
 
     drop what was cut by the cap, could not be verified, is wrong, is not in the format,
     repeats itself, has code blocks, long paragraphs or mixed languages in the reasoning,
@@ -10,18 +11,19 @@ and the fields: with other thresholds the same samples make other data.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_engine.data import Row
-from grpo_engine.evaluation.samples import Cell
 from grpo_engine.filters import ChainFilters, Decontamination, without_duplicates
 from grpo_engine.rejection.config import SampleConfig
 from grpo_engine.rejection.draw import Draw
 from grpo_engine.rejection.verify import RIGHT, Findings
 from grpo_engine.rewards.format import has_r1_format, has_readable_format
 from grpo_engine.rewards.judge import question_text
+from grpo_engine.sampling.samples import Cell
 
 TRUNCATED, DUPLICATE, SURPLUS = "truncated", "duplicate", "surplus"
 FAULTS = (
@@ -66,19 +68,45 @@ class Candidate:
 
 
 @dataclass
-class Rejections:
-    """The first reason against each rejected answer, and the text it was found in."""
+class Answers:
+    """The answers to one row, and what has become of them: those still in, in their order, and the
+    first reason against each of the others. Texts are those of the candidates, and of what was
+    rejected after it had been changed; the others are in the samples."""
 
+    row: Row
+    cells: list[Cell]
+    candidates: dict[Cell, Candidate] = field(default_factory=dict)
     reasons: dict[Cell, str] = field(default_factory=dict)
-    texts: dict[Cell, str] = field(default_factory=dict)
     notes: dict[Cell, str] = field(default_factory=dict)
+    texts: dict[Cell, str] = field(default_factory=dict)
 
-    def add(self, candidate: Candidate, reason: str, note: str | None = None) -> None:
+    def reject(self, candidate: Candidate, reason: str, note: str | None = None) -> None:
         assert reason in REASONS, reason
+        self.candidates.pop(candidate.cell, None)
         self.reasons[candidate.cell] = reason
-        self.texts[candidate.cell] = candidate.completion
+        if candidate.completion != candidate.draw.completion:
+            self.texts[candidate.cell] = candidate.completion
         if note:
             self.notes[candidate.cell] = note
+
+    def rejected_rows(self, samples: Mapping[Cell, Draw]) -> Iterator[dict[str, Any]]:
+        """The lines of ``rejected.jsonl``; ``samples`` have the texts as they were drawn."""
+        for cell in self.cells:
+            if cell not in self.reasons:
+                continue
+            generator, row, sample = cell
+            text = self.texts.get(cell)
+            line = {
+                "reason": self.reasons[cell],
+                "domain": self.row["domain"],
+                "row": row,
+                "sample": sample,
+                "generator": generator,
+                "completion": samples[cell].completion if text is None else text,
+            }
+            if cell in self.notes:
+                line["note"] = self.notes[cell]
+            yield line
 
 
 class Rules:
@@ -92,6 +120,7 @@ class Rules:
             code_blocks=config.code_blocks,
             max_repeated_share=config.max_repeated_share,
             ngram_size=config.ngram_size,
+            max_off_script_characters=config.max_off_script_characters,
         )
 
     def fault(self, row: Row, completion: str, found: Findings, form: str) -> str | None:
@@ -113,106 +142,70 @@ class Rules:
         return self.tests is not None and self.tests.matches(question_text(row["prompt"]))
 
 
-def select(
-    draws: Iterable[tuple[Row, Draw]], rules: Rules, rejected: Rejections
-) -> list[Candidate]:
-    """The answers to keep, in the order given; the others are added to ``rejected``."""
-    good = []
-    for row, draw in draws:
+def select(row: Row, draws: Sequence[Draw], rules: Rules) -> Answers:
+    """The answers to one row, those candidates that are to be kept."""
+    answers = Answers(row, [draw.cell for draw in draws])
+    for draw in draws:
         candidate = Candidate(row, draw, draw.completion)
         if draw.truncated:
-            rejected.add(candidate, TRUNCATED)
+            answers.reject(candidate, TRUNCATED)
             continue
         fault = rules.fault(row, draw.completion, draw.found, rules.config.answer_format)
         if fault is None:
-            good.append(candidate)
+            answers.candidates[draw.cell] = candidate
         else:
-            rejected.add(candidate, fault, draw.found.failure)
-    return capped(distinct(good, rules.config, rejected, DUPLICATE), rules.config, rejected)
+            answers.reject(candidate, fault, draw.found.failure)
+    drop_duplicates(answers, rules.config, DUPLICATE)
+    drop_surplus(answers, rules.config)
+    return answers
 
 
-def by_row(candidates: Sequence[Candidate]) -> dict[int, list[Candidate]]:
-    groups: dict[int, list[Candidate]] = {}
-    for candidate in candidates:
-        groups.setdefault(candidate.row["row"], []).append(candidate)
-    return groups
-
-
-def distinct(
-    candidates: Sequence[Candidate], config: SampleConfig, rejected: Rejections, reason: str
-) -> list[Candidate]:
-    """Without answers that repeat an earlier one to the same prompt, whichever generator's."""
-    kept = []
-    for group in by_row(candidates).values():
-        first = without_duplicates(
-            [one.completion for one in group], max_overlap=config.max_duplicate_overlap
+def drop_duplicates(answers: Answers, config: SampleConfig, reason: str) -> None:
+    """Reject answers that repeat an earlier one to the same prompt, whichever generator's."""
+    candidates = list(answers.candidates.values())
+    first = set(
+        without_duplicates(
+            [one.completion for one in candidates], max_overlap=config.max_duplicate_overlap
         )
-        for place, candidate in enumerate(group):
-            if place in first:
-                kept.append(candidate)
-            else:
-                rejected.add(candidate, reason)
-    return kept
+    )
+    for place, candidate in enumerate(candidates):
+        if place not in first:
+            answers.reject(candidate, reason)
 
 
-def capped(
-    candidates: Sequence[Candidate], config: SampleConfig, rejected: Rejections
-) -> list[Candidate]:
-    """At most ``max_per_prompt`` of each prompt, in their order."""
+def drop_surplus(answers: Answers, config: SampleConfig) -> None:
+    """Keep at most ``max_per_prompt``."""
     if config.max_per_prompt is None:
-        return list(candidates)
-    kept = []
-    for row, group in by_row(candidates).items():
-        places = list(range(len(group)))
-        if config.keep == "random":
-            random.Random(f"kept answers {config.seed} {row}").shuffle(places)
-        else:
-            places.sort(key=lambda place: group[place].draw.length)
-        chosen = set(places[: config.max_per_prompt])
-        for place, candidate in enumerate(group):
-            if place in chosen:
-                kept.append(candidate)
-            else:
-                rejected.add(candidate, SURPLUS)
-    return kept
+        return
+    candidates = list(answers.candidates.values())
+    places = list(range(len(candidates)))
+    if config.keep == "random":
+        row = answers.row["row"]
+        random.Random(f"kept answers {config.seed} {row}").shuffle(places)
+    else:
+        places.sort(key=lambda place: candidates[place].draw.length)
+    for place in places[config.max_per_prompt :]:
+        answers.reject(candidates[place], SURPLUS)
 
 
-def verified_again(
-    candidates: Sequence[Candidate],
-    texts: Sequence[str],
-    found: Sequence[Findings],
-    rules: Rules,
-    rejected: Rejections,
-    stage: str,
-) -> list[Candidate]:
-    """The candidates with their new ``texts``, those left out that have a fault now: a rewriter or
-    an editor may change the answer. ``stage``: REWRITE or EDIT, before the reason."""
-    kept = []
-    for candidate, text, one in zip(candidates, texts, found, strict=True):
-        changed = replace(candidate, completion=text, edited=candidate.edited or stage == EDIT)
-        fault = rules.fault(candidate.row, text, one, "readable")
-        if fault is None:
-            kept.append(changed)
-        else:
-            rejected.add(changed, stage + fault, one.failure)
-    return kept
-
-
-def rejected_rows(draws: Iterable[tuple[Row, Draw]], rejected: Rejections) -> list[dict[str, Any]]:
-    """The lines of ``rejected.jsonl``."""
-    lines = []
-    for row, draw in draws:
-        if draw.cell not in rejected.reasons:
-            continue
-        line = {
-            "reason": rejected.reasons[draw.cell],
-            "domain": row["domain"],
-            "row": draw.row,
-            "sample": draw.sample,
-            "generator": draw.generator,
-            "completion": rejected.texts[draw.cell],
-        }
-        if draw.cell in rejected.notes:
-            line["note"] = rejected.notes[draw.cell]
-        lines.append(line)
-    return lines
+def in_batches(
+    rows: Iterable[Answers],
+    size: int,
+    change: Callable[[list[tuple[Answers, Candidate]]], None],
+) -> Iterator[Answers]:
+    """``rows`` in their order, each after ``change`` has had all its candidates; it is given
+    ``size`` at a time, of several rows where one has fewer."""
+    waiting: deque[Answers] = deque()
+    batch: list[tuple[Answers, Candidate]] = []
+    for answers in rows:
+        waiting.append(answers)
+        for candidate in list(answers.candidates.values()):
+            batch.append((answers, candidate))
+            if len(batch) == size:
+                change(batch)
+                batch = []
+        while waiting and not (batch and waiting[0] is batch[0][0]):
+            yield waiting.popleft()
+    if batch:
+        change(batch)
+    yield from waiting

@@ -7,9 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from grpo_engine.evaluation.samples import Cell
-from grpo_engine.rejection.draw import Draw
-from grpo_engine.rejection.select import REASONS
+from grpo_engine.rejection.select import REASONS, Answers
 
 KEPT = "kept"
 POLICIES = {
@@ -31,54 +29,78 @@ def assistant_texts(row: Mapping[str, Any]) -> list[str]:
     return [*texts, row["completion"]]
 
 
-def domain_table(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, Any]:
+def domain_table(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> dict[str, Any]:
     """Table 5: of each domain, in the order of their appearance, and of all."""
-    tokens: dict[str, list[int]] = {}
-    rounds: dict[str, list[int]] = {}
+    found: dict[str, Counter[str]] = {}
     for row in rows:
         texts = assistant_texts(row)
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        tokens.setdefault(row["domain"], []).append(sum(map(len, ids)))
-        rounds.setdefault(row["domain"], []).append(len(texts))
-    lines = [_line(name, tokens[name], rounds[name]) for name in tokens]
-    every = [[one for of_each in counts.values() for one in of_each] for counts in (tokens, rounds)]
-    return {"domains": lines, "total": _line("total", *every)}
+        counted = found.setdefault(row["domain"], Counter())
+        counted.update(samples=1, tokens=sum(map(len, ids)), rounds=len(texts))
+    total = sum(found.values(), Counter())
+    lines = [_line(name, counted) for name, counted in found.items()]
+    return {"domains": lines, "total": _line("total", total)}
 
 
-def _line(name: str, tokens: Sequence[int], rounds: Sequence[int]) -> dict[str, Any]:
-    count = len(tokens)
+def _line(name: str, counted: Mapping[str, int]) -> dict[str, Any]:
+    samples = counted["samples"]
     return {
         "domain": name,
-        "samples": count,
-        "average_tokens": sum(tokens) / count if count else None,
-        "average_rounds": sum(rounds) / count if count else None,
-        "tokens": sum(tokens),
+        "samples": samples,
+        "average_tokens": counted["tokens"] / samples if samples else None,
+        "average_rounds": counted["rounds"] / samples if samples else None,
+        "tokens": counted["tokens"],
     }
 
 
-def acceptance(
-    draws: Sequence[tuple[Mapping[str, Any], Draw]], reasons: Mapping[Cell, str]
-) -> dict[str, Any]:
-    """What became of all samples, and of those of each domain and generator."""
+class Tally:
+    """What became of all samples, counted row by row.
 
-    def counts(some: Iterable[Draw]) -> dict[str, Any]:
-        found = Counter(reasons.get(draw.cell, KEPT) for draw in some)
+    Attributes:
+        right: of each row, which of its answers were verified right.
+        tokens: drawn in all.
+        rows_with_kept: how many rows have an answer in the data.
+    """
+
+    def __init__(self) -> None:
+        self.right: dict[int, list[bool]] = {}
+        self.tokens = self.rows_with_kept = 0
+        self._ends: Counter[tuple[str, str, str]] = Counter()  # (domain, generator, end)
+
+    def drawn(self, row: int, right: list[bool], tokens: int) -> None:
+        self.right[row] = right
+        self.tokens += tokens
+
+    def settled(self, answers: Answers) -> None:
+        self.rows_with_kept += bool(answers.candidates)
+        for cell in answers.cells:
+            self._ends[answers.row["domain"], cell[0], answers.reasons.get(cell, KEPT)] += 1
+
+    def acceptance(self) -> dict[str, Any]:
+        """What became of all samples, and of those of each domain and generator."""
+        every: Counter[str] = Counter()
+        groups: dict[str, dict[str, Counter[str]]] = {"by_domain": {}, "by_generator": {}}
+        for (domain, generator, end), count in self._ends.items():
+            every[end] += count
+            groups["by_domain"].setdefault(domain, Counter())[end] += count
+            groups["by_generator"].setdefault(generator, Counter())[end] += count
         return {
-            "samples": found.total(),
-            KEPT: found[KEPT],
-            "rejected": {reason: found[reason] for reason in REASONS if found[reason]},
+            **_ends(every),
+            **{
+                group: {name: _ends(found) for name, found in members.items()}
+                for group, members in groups.items()
+            },
         }
 
-    groups: dict[str, dict[str, list[Draw]]] = {"by_domain": {}, "by_generator": {}}
-    for row, draw in draws:
-        groups["by_domain"].setdefault(row["domain"], []).append(draw)
-        groups["by_generator"].setdefault(draw.generator, []).append(draw)
+    def solve_rates(self) -> dict[str, Any]:
+        return solve_rates(self.right)
+
+
+def _ends(found: Counter[str]) -> dict[str, Any]:
     return {
-        **counts(draw for _, draw in draws),
-        **{
-            group: {name: counts(some) for name, some in members.items()}
-            for group, members in groups.items()
-        },
+        "samples": found.total(),
+        KEPT: found[KEPT],
+        "rejected": {reason: found[reason] for reason in REASONS if found[reason]},
     }
 
 

@@ -13,7 +13,7 @@ from grpo_engine.data import Row, columns_of
 from grpo_engine.manifest import package_versions
 from grpo_engine.prepare import check_rewards, listed, sandbox_tier
 from grpo_engine.progress import say
-from grpo_engine.rejection.config import SampleConfig
+from grpo_engine.rejection.config import JUDGE_SAMPLING, SampleConfig
 from grpo_engine.rewards import RewardPool, RewardReport, RewardSpec
 from grpo_engine.rewards.answers import text_after_thinking
 from grpo_engine.rewards.judge import ChatModel, correctness, prompt_hash, question_text
@@ -110,6 +110,9 @@ class Verifier:
             found["judge"] = self.judge.identity
             found["judge_prompt"] = prompt_hash("correctness")
             found["judge_rows"] = config.judge_rows
+            for name in JUDGE_SAMPLING:  # where it is not what it was before there was a choice
+                if getattr(config, name) != SampleConfig.model_fields[name].default:
+                    found[name] = getattr(config, name)
         if self.tier is not None:
             found["sandbox"] = self.tier
         return found
@@ -137,6 +140,9 @@ class Verifier:
             [str(rows[place]["solution"]) for place in shown],
             [answers[place] for place in shown],
             seed=self.config.seed,
+            temperature=self.config.judge_temperature,
+            max_tokens=self.config.judge_max_tokens,
+            attempts=self.config.judge_attempts,
         )
         said = dict(zip(shown, verdicts, strict=True))
         for place in places:

@@ -1,22 +1,28 @@
 """The data from the samples: select, rewrite, have edited, mix, count. All of it can be done again
-from the samples alone, so nothing of it is kept between runs but a chat model's replies."""
+from the samples alone, so nothing of it is kept between runs but a chat model's replies.
+
+It goes row by row, from the samples on the disk to the data there: no more texts are in memory than
+those of one row and of the answers that are rewritten together.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress as Bar
 
 from grpo_engine.data import Row
-from grpo_engine.evaluation.samples import Cell, SampleFile
 from grpo_engine.interrupt import Interrupt
+from grpo_engine.metrics import write_atomically
 from grpo_engine.progress import say
 from grpo_engine.rejection.config import SampleConfig
-from grpo_engine.rejection.draw import ERRORS_COUNT_FROM, Draw, Drawing
-from grpo_engine.rejection.edits import read_edits, write_candidates
+from grpo_engine.rejection.drafts import Draft
+from grpo_engine.rejection.draw import Draw, Drawing
+from grpo_engine.rejection.edits import Edits, write_candidates
 from grpo_engine.rejection.generators import Generator
 from grpo_engine.rejection.mix import General
 from grpo_engine.rejection.readable import ChatRewriter, Rewriter
@@ -25,24 +31,18 @@ from grpo_engine.rejection.select import (
     EDIT,
     REMOVED,
     REWRITE,
+    Answers,
     Candidate,
-    Rejections,
     Rules,
-    distinct,
-    rejected_rows,
+    drop_duplicates,
+    in_batches,
     select,
-    verified_again,
 )
-from grpo_engine.rejection.statistics import (
-    POLICIES,
-    acceptance,
-    domain_table,
-    markdown,
-    solve_rates,
-)
+from grpo_engine.rejection.statistics import POLICIES, Tally, domain_table, markdown
 from grpo_engine.rejection.verify import RIGHT
-from grpo_engine.rewards import RewardError
 from grpo_engine.rewards.judge import ChatModel
+from grpo_engine.sampling.run import ErrorBudget
+from grpo_engine.sampling.samples import Cell, SampleFile
 
 DATA_FILE, REJECTED_FILE = "data.jsonl", "rejected.jsonl"
 STATISTICS_FILES = ("statistics.json", "statistics.md")
@@ -63,123 +63,165 @@ class Work:
     chat_models: list[ChatModel]
     tokenizer: Any  # of the first generator's model
     tests_sha256: str | None  # of the questions that the data must not share words with
-    counts: dict[str, Any] = field(default_factory=dict)  # of rewriting and editing
+    tally: Tally = field(default_factory=Tally)
+    counts: dict[str, Any] = field(default_factory=dict)  # of rewriting, editing and mixing
     kept: int = 0  # answers in the data
 
-    def make(self, samples: SampleFile, interrupt: Interrupt, bar: Bar) -> dict[str, str] | None:
-        """The contents of the files to write, by name; None where a person is to edit first."""
-        config, rejected = self.config, Rejections()
+    def make(self, folder: Path, samples: SampleFile, interrupt: Interrupt, bar: Bar) -> str | None:
+        """Write the data, and what belongs to it, to ``folder``. Returns the statistics as a page,
+        None where a person is to edit first."""
         self.drawing.run(samples, interrupt, bar)
-        draws = [(self.rows[cell[1]], samples.samples[cell]) for cell in self.drawing.cells()]
-        with interrupt.abortable():
-            candidates = select(draws, self.rules, rejected)
-            if self.rewriter is not None:
-                candidates = self.rewritten(candidates, rejected, bar)
-            if config.edit_file is not None:
-                path = Path(config.edit_file).expanduser()
-                if not path.exists():
-                    write_candidates(path, candidates)
-                    say(
-                        f"{len(candidates)} candidates are in {path} to be edited; the same "
-                        "command goes on with what it then holds"
-                    )
-                    return None
-                candidates = self.edited(path, candidates, rejected)
-            data = [self.data_row(candidate) for candidate in candidates]
-            self.kept = len(data)
-            general = None
-            if self.general is not None:
-                others, general = self.general.mixed(len(data))
-                data += others
-        self.counts["general"] = general
-        found = self.statistics(draws, data, rejected)
-        return {
-            DATA_FILE: json_lines(data),
-            REJECTED_FILE: json_lines(rejected_rows(draws, rejected)),
-            "statistics.json": json.dumps(found, indent=1, ensure_ascii=False) + "\n",
-            "statistics.md": markdown(found),
-        }
+        path = Path(self.config.edit_file).expanduser() if self.config.edit_file else None
+        if path is not None and not path.exists():
+            with interrupt.abortable():
+                self.offer(path, self.answers(samples.samples, None, bar))
+            return None
+        edits = None if path is None else Edits(path)
+        with Draft(folder / DATA_FILE) as data, Draft(folder / REJECTED_FILE) as rejected:
+            with interrupt.abortable():
+                for answers in self.answers(samples.samples, edits, bar):
+                    data.write(map(self.data_row, answers.candidates.values()))
+                    rejected.write(answers.rejected_rows(samples.samples))
+                    self.tally.settled(answers)
+                    self.kept += len(answers.candidates)
+                data.write(self.others())
+                found = self.statistics(domain_table(data.rows(), self.tokenizer))
+            data.publish()
+            rejected.publish()
+        page = markdown(found)
+        write_atomically(
+            folder / "statistics.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+        )
+        write_atomically(folder / "statistics.md", page)
+        return page
 
-    def rewritten(
-        self, candidates: list[Candidate], rejected: Rejections, bar: Bar
-    ) -> list[Candidate]:
-        """The candidates in the readable format, those left out that could not be brought into it
+    def answers(
+        self, samples: Mapping[Cell, Draw], edits: Edits | None, bar: Bar
+    ) -> Iterator[Answers]:
+        """The answers to each row with what is to become of them, in the order of the rows."""
+        found = self.selected(samples)
+        if self.rewriter is not None:
+            found = self.rewritten(found)
+        if edits is not None:
+            found = self.edited(found, edits)
+        task = bar.add_task("rows", total=len(self.drawing.rows()))
+        for answers in found:
+            yield answers
+            bar.advance(task)
+
+    def selected(self, samples: Mapping[Cell, Draw]) -> Iterator[Answers]:
+        for number in self.drawing.rows():
+            draws = [samples[cell] for cell in self.drawing.cells_of(number)]
+            right = [self.drawing.verdict_of(draw) == RIGHT for draw in draws]
+            self.tally.drawn(number, right, sum(draw.length for draw in draws))
+            yield select(self.rows[number], draws, self.rules)
+
+    def rewritten(self, rows: Iterable[Answers]) -> Iterator[Answers]:
+        """The candidates in the readable format, those rejected that could not be brought into it
         or are no longer right."""
-        size = self.config.rewrite_batch_size
-        kept: list[Candidate] = []
-        failed: list[Cell] = []
-        task = bar.add_task("rewritten", total=len(candidates))
-        for start in range(0, len(candidates), size):
-            batch = candidates[start : start + size]
-            results = self.rewriter.rewrite(
-                [one.row for one in batch], [one.completion for one in batch]
-            )
-            new = []
-            for candidate, result in zip(batch, results, strict=True):
-                if result.completion is None:
-                    rejected.add(candidate, f"{REWRITE}failed", result.failure)
-                else:
-                    new.append((candidate, result.completion))
-            kept += self.checked(new, rejected, REWRITE)
-            failed += [one.cell for one in batch if self.is_failure(rejected, one)]
-            done = start + len(batch)
-            if done >= min(ERRORS_COUNT_FROM, len(candidates)):
-                self.check_failures(failed, done, rejected)
-            bar.advance(task, len(batch))
-        kept = distinct(kept, self.config, rejected, f"{REWRITE}{DUPLICATE}")
-        self.counts["rewrite"] = {"candidates": len(candidates), "kept": len(kept)}
-        return kept
+        budget = ErrorBudget(
+            "max_reward_error_rate",
+            self.config.max_reward_error_rate,
+            "answers could not be rewritten and verified",
+        )
 
-    def is_failure(self, rejected: Rejections, candidate: Candidate) -> bool:
+        def change(batch: Sequence[tuple[Answers, Candidate]]) -> None:
+            self.rewrite(batch)
+            failed = [
+                answers.notes.get(candidate.cell)
+                for answers, candidate in batch
+                if self.is_failure(answers.reasons.get(candidate.cell))
+            ]
+            budget.add(len(batch), len(failed), next(filter(None, failed), None))
+            budget.check()
+
+        kept = 0
+        for answers in in_batches(rows, self.config.rewrite_batch_size, change):
+            drop_duplicates(answers, self.config, f"{REWRITE}{DUPLICATE}")
+            kept += len(answers.candidates)
+            yield answers
+        budget.check(budget.done)
+        self.counts["rewrite"] = {"candidates": budget.done, "kept": kept}
+
+    def rewrite(self, batch: Sequence[tuple[Answers, Candidate]]) -> None:
+        results = self.rewriter.rewrite(
+            [one.row for _, one in batch], [one.completion for _, one in batch]
+        )
+        changed = []
+        for (answers, candidate), result in zip(batch, results, strict=True):
+            if result.completion is None:
+                answers.reject(candidate, f"{REWRITE}failed", result.failure)
+            else:
+                changed.append((answers, replace(candidate, completion=result.completion)))
+        self.verify_again(changed, REWRITE)
+
+    def is_failure(self, reason: str | None) -> bool:
         """Whether a model or a reward has failed, rather than the answer; a template cannot."""
         machinery = [f"{REWRITE}unverified"]
         if isinstance(self.rewriter, ChatRewriter):
             machinery.append(f"{REWRITE}failed")
-        return rejected.reasons.get(candidate.cell) in machinery
+        return reason in machinery
 
-    def check_failures(self, failed: list[Cell], done: int, rejected: Rejections) -> None:
-        """RewardError if too large a share could not be rewritten or verified."""
-        allowed = self.config.max_reward_error_rate
-        if len(failed) > allowed * done:
-            raise RewardError(
-                f"{len(failed)} of {done} answers could not be rewritten and verified, more than "
-                f"max_reward_error_rate={allowed:g} allows; the first failure: "
-                f"{rejected.notes.get(failed[0])}"
-            )
+    def offer(self, path: Path, rows: Iterable[Answers]) -> None:
+        """Write the candidates for a person to edit."""
+        count = write_candidates(
+            path, (one for answers in rows for one in answers.candidates.values())
+        )
+        say(
+            f"{count} candidates are in {path} to be edited; the same command goes on with what it "
+            "then holds"
+        )
 
-    def edited(
-        self, path: Path, candidates: list[Candidate], rejected: Rejections
-    ) -> list[Candidate]:
+    def edited(self, rows: Iterable[Answers], edits: Edits) -> Iterator[Answers]:
         """The candidates as the person left them; what was changed is verified again."""
-        edits = read_edits(path, candidates)
-        changed, kept = [], []
-        for candidate, text in zip(candidates, edits.texts, strict=True):
-            if text is None:
-                rejected.add(candidate, REMOVED)
-            elif text != candidate.completion:
-                changed.append((candidate, text))
-            else:
-                kept.append(candidate)
-        still_right = self.checked(changed, rejected, EDIT)
-        counts = edits.counts() | {"edited_and_rejected": len(changed) - len(still_right)}
+        rejected = 0
+
+        def change(batch: Sequence[tuple[Answers, Candidate]]) -> None:
+            nonlocal rejected
+            changed = []
+            for answers, candidate in batch:
+                text = edits.take(candidate)
+                if text is None:
+                    answers.reject(candidate, REMOVED)
+                elif text != candidate.completion:
+                    changed.append((answers, replace(candidate, completion=text, edited=True)))
+            rejected += len(changed) - self.verify_again(changed, EDIT)
+
+        yield from in_batches(rows, self.config.rewrite_batch_size, change)
+        edits.check_all_taken()
+        counts = edits.counts() | {"edited_and_rejected": rejected}
         self.counts["edits"] = counts
         say(
             "edits: "
             + ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in counts.items())
         )
-        order = {candidate.cell: place for place, candidate in enumerate(candidates)}
-        return sorted([*kept, *still_right], key=lambda one: order[one.cell])
 
-    def checked(
-        self, pairs: list[tuple[Candidate, str]], rejected: Rejections, stage: str
-    ) -> list[Candidate]:
-        candidates, texts = [one for one, _ in pairs], [text for _, text in pairs]
-        prompts = [
-            self.drawing.generators[one.draw.generator].of_row[one.draw.row].text
-            for one in candidates
-        ]
-        found = self.drawing.verifier.examine([one.row for one in candidates], prompts, texts)
-        return verified_again(candidates, texts, found, self.rules, rejected, stage)
+    def verify_again(self, changed: Sequence[tuple[Answers, Candidate]], stage: str) -> int:
+        """Take the candidates with their new texts, but for those that have a fault now: a rewriter
+        or an editor may change the answer. ``stage``: REWRITE or EDIT, before the reason. Returns
+        how many are taken."""
+        candidates, generators = [one for _, one in changed], self.drawing.generators
+        found = self.drawing.verifier.examine(
+            [one.row for one in candidates],
+            [generators[one.draw.generator].prompt(one.cell).text for one in candidates],
+            [one.completion for one in candidates],
+        )
+        taken = 0
+        for (answers, candidate), one in zip(changed, found, strict=True):
+            fault = self.rules.fault(candidate.row, candidate.completion, one, "readable")
+            if fault is None:
+                answers.candidates[candidate.cell] = candidate
+                taken += 1
+            else:
+                answers.reject(candidate, stage + fault, one.failure)
+        return taken
+
+    def others(self) -> list[Row]:
+        """The rows that are mixed in."""
+        self.counts["general"], rows = None, []
+        if self.general is not None:
+            rows, self.counts["general"] = self.general.mixed(self.kept)
+        return rows
 
     def data_row(self, candidate: Candidate) -> Row:
         """A row to train on, and where it comes from."""
@@ -199,37 +241,25 @@ class Work:
             made["edited"] = candidate.edited
         return made
 
-    def statistics(
-        self, draws: list[tuple[Row, Draw]], data: list[Row], rejected: Rejections
-    ) -> dict[str, Any]:
-        """statistics.json: no times and no places, so that a repetition has the same bytes."""
-        right: dict[int, list[bool]] = {}
-        for _, draw in draws:
-            right.setdefault(draw.row, []).append(self.drawing.verdict_of(draw) == RIGHT)
-        with_data = {row["row"] for row in data if row["source"] == "sampled"}
-        table = domain_table(data, self.tokenizer)
+    def statistics(self, table: dict[str, Any]) -> dict[str, Any]:
+        """statistics.json: no times and no places, so that a repetition has the same bytes.
+        ``table``: of the data."""
         prompted = {row for one in self.generators for row in one.of_row}
+        tally = self.tally
         return {
             "table": table,
-            "acceptance": acceptance(draws, rejected.reasons),
-            "solve_rate": solve_rates(right),
+            "acceptance": tally.acceptance(),
+            "solve_rate": tally.solve_rates(),
             "prompts": {
                 "rows": len(self.rows),
                 "too_long": len(self.rows) - len(prompted),
                 "contaminated": len(self.contaminated),
-                "sampled": len(right),
-                "with_kept_answers": len(with_data),
+                "sampled": len(tally.right),
+                "with_kept_answers": tally.rows_with_kept,
             },
-            "tokens": {
-                "drawn": sum(draw.length for _, draw in draws),
-                "in_data": table["total"]["tokens"],
-            },
+            "tokens": {"drawn": tally.tokens, "in_data": table["total"]["tokens"]},
             "general": self.counts.get("general"),
             "rewrite": self.counts.get("rewrite"),
             "edits": self.counts.get("edits"),
             "policies": POLICIES,
         }
-
-
-def json_lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -14,6 +14,7 @@ from statistics import fmean, median
 from grpo_engine.metrics import write_atomically
 from grpo_engine.report.charts import THIN, percent
 from grpo_engine.report.losses import loss_charts, loss_figures, loss_headline, loss_lede
+from grpo_engine.report.mismatch import sampler_charts
 from grpo_engine.report.page import REPORT_FILE, figures, footer, note, page, warning_items
 from grpo_engine.report.record import Estimate, RunRecord, load_run, paired_gain
 from grpo_engine.report.reward_model import JUDGED, reward_model_sections
@@ -54,6 +55,7 @@ def render(record: RunRecord) -> str:
         outcome_charts(record) if record.stage == "grpo" else loss_charts(record),
         *(reward_model_sections(record) if judges else [answers(record), rewards(record)]),
         update_charts(record),
+        sampler_charts(record),
         time_split(record),
         "" if judges else evaluation(record),
         configuration(record),

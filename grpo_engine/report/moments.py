@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from grpo_engine.report.charts import Line
 from grpo_engine.report.pipeline_record import Pipeline, RLStage
-from grpo_engine.report.reflection import CHINESE_WORDS, PAPER_WORDS, RULE
+from grpo_engine.report.reflection import (
+    CHINESE_WORDS,
+    FALLBACK,
+    LEAST_WORDS,
+    PAPER_WORDS,
+    RULE,
+    reflective_words,
+)
 from grpo_engine.report.sections import answer, card, question, table
 from grpo_engine.report.words import esc
 
@@ -58,24 +65,36 @@ def _word_table(stage: RLStage) -> str:
 
 
 def _moment(pipeline: Pipeline) -> str:
-    """The paper’s aha moment is R1-Zero’s: the first RL stage that has one is shown."""
+    """The paper’s aha moment is R1-Zero’s: the first RL stage that has one is shown; where none
+    has, the first with an answer of many reflective words, and it says that this is another rule.
+    """
     title = "<h3>An aha moment</h3>"
     rule = (
         f"The rule: {RULE}; of the first RL stage that has one, the latest step, held-out answers "
         "before training ones, the first in the file."
     )
-    for stage in pipeline.rl:
-        found = stage.moment
-        if found is None:
-            continue
-        place = "held-out problem" if found.held_out else "training batch"
-        changed = (
-            f"It writes “{found.first}”, says “{found.word}” and replaces it by “{found.second}”."
-        )
-        whose = f"{stage.label}, step {found.step:,}, {place}"
-        return f"""<div class="pair moment">{title}<p class="aside">{esc(changed)} {esc(rule)}</p>
-{question(found.sample)}<div class="answers">{answer(found.sample, whose)}</div></div>
+    found = [stage for stage in pipeline.rl if stage.moment is not None]
+    shown = next((stage for stage in found if stage.moment.changed), found[0] if found else None)
+    if shown is None:
+        return f"""<div class="pair moment">{title}<p class="aside">There is none among the answers
+that this run kept. {esc(rule)}</p></div>
 """
-    return f"""<div class="pair moment">{title}<p class="aside">There is none among the answers that
-this run kept. {esc(rule)}</p></div>
+    moment = shown.moment
+    place = "held-out problem" if moment.held_out else "training batch"
+    if moment.changed:
+        first, word, second = moment.changed
+        told = f"It writes “{first}”, says “{word}” and replaces it by “{second}”."
+    else:
+        title = "<h3>The most reflective answer</h3>"
+        instead = FALLBACK.format(least=LEAST_WORDS)
+        words = reflective_words(str(moment.sample.get("completion", "")))
+        counts = ", ".join(f"{word} {count}" for word, count in words.most_common())
+        told = (
+            "No answer that this run kept corrects a result, so this is no aha moment by the rule. "
+            f"Shown instead: {instead}, of the first RL stage that has one. It has "
+            f"{words.total()}: {counts}."
+        )
+    whose = f"{shown.label}, step {moment.step:,}, {place}"
+    return f"""<div class="pair moment">{title}<p class="aside">{esc(told)} {esc(rule)}</p>
+{question(moment.sample)}<div class="answers">{answer(moment.sample, whose)}</div></div>
 """

@@ -239,7 +239,8 @@ def _budget(pipeline: Pipeline) -> str:
     head = ("Stage", "steps", "tokens generated", "tokens trained", "time", "share")
     aside = (
         "Wall time of every start of a stage that ended by itself; colours are kinds of work. "
-        "Generated tokens of RL stages are the mean lengths times the answers. Trained tokens "
+        "Generated tokens of RL stages are the mean lengths times the answers, those of the "
+        "evaluations within the stage included. Trained tokens "
         "count prompts too. What a stage does not count is a dash."
     )
     return f"""<section><h2>Time and tokens</h2>

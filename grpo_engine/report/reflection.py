@@ -1,4 +1,8 @@
-"""Words of reflection in answers (v2, C.2), and an answer that looks back and corrects itself."""
+"""Words of reflection in answers (v2, C.2), and an answer that looks back and corrects itself.
+
+The paper's own aha moment (v1, Table 3) goes back to the start and changes no result: by the rule
+it is none, and it is shown for its many words where no answer of a run corrects itself.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +23,44 @@ CHINESE_WORDS = (
     *("等等", "等一下", "检查", "验算", "验证", "重新", "但是", "不过", "然而"),
     *("错误", "错了", "不对"),
 )
+# Of these, the words that take something back: between "x = 5" and "x = 7" a "but" may as well lead
+# to a second solution.
+_TAKING_BACK = {
+    *("wait", "mistake", "retry", "error", "wrong"),
+    *("等等", "等一下", "重新", "错误", "错了", "不对"),
+}
 RULE = (
     "a right answer that writes an equation, then a word of the list, then the same left side with "
     "another result"
 )
+FALLBACK = "the right answer with the most words of the list, at least {least} of them"
+LEAST_WORDS = 2
 
 _WORDS = re.compile(
     rf"\b(?:{'|'.join(PAPER_WORDS)})\b|{'|'.join(CHINESE_WORDS)}", flags=re.IGNORECASE
 )
-# What an equation is written with; a run of it is cut at ends of sentences and between two numbers.
-_RUN = re.compile(r"[-−0-9.+*×/÷= ]{5,}")
-_CUT = re.compile(r"\.(?= |$)|(?<=[0-9]) +(?=[0-9])")
-_LONGEST = 200  # characters of an equation
-_NUMBER = r"[-−]? ?[0-9]+(?:\.[0-9]+)?"
-_SUM = re.compile(rf"{_NUMBER}(?: ?[-−+*×/÷] ?{_NUMBER})+")  # of at least one operator
-_RESULT = re.compile(_NUMBER)
+_LATEX = [
+    (re.compile(r"\\(?:left|right|displaystyle|,|;|!|\(|\)|\[|\])|\$"), ""),
+    (re.compile(r"\\(?:times|cdot)(?![A-Za-z])"), "*"),
+    (re.compile(r"\\div(?![A-Za-z])"), "/"),
+    (re.compile(r"\\[dt]?frac\{(\w{1,20})\}\{(\w{1,20})\}"), r"\1/\2"),
+    (re.compile(r"\\[dt]?frac\{([^{}]{1,60})\}\{([^{}]{1,60})\}"), r"(\1)/(\2)"),
+    (re.compile(r"\\sqrt\{([^{}]{1,60})\}"), r"sqrt(\1)"),
+    (re.compile(r"\\(?:text|mathrm|boxed|mathbf)\{([^{}]{1,60})\}"), r"\1"),
+    (re.compile(r"\^\{([^{}]{1,20})\}"), r"^(\1)"),
+]
+_WINDOW = 80  # longest left side, in characters
+_NUMBER = r"[0-9]+(?:\.[0-9]+)?"
+_BRACKET = r"\([^()=\n]{1,40}(?:\([^()=\n]{1,30}\)[^()=\n]{0,30}){0,2}\)"
+_ATOM = (
+    rf"(?:[-−] ?)?(?:(?:sqrt)?{_BRACKET}|{_NUMBER}(?: ?[A-Za-z]{{1,15}})?|[A-Za-z](?:_?[0-9])?)"
+    rf"(?:\^(?:{_NUMBER}|[A-Za-z]|{_BRACKET}))?"
+)
+_LEFT = re.compile(rf"(?<![\w.)]){_ATOM}(?:(?: ?[-−+*×/÷] ?|(?=\()){_ATOM})* ?$")
+_RIGHT = re.compile(rf" ?([-−]? ?{_NUMBER}(?:/{_NUMBER})?)(?! ?[-−+*×/÷=^(]|[0-9A-Za-z])")
+_VARIABLE = re.compile("[A-Za-z](?:_?[0-9])?")
+_OPERATOR = re.compile(r"(?<=[\w)]) ?[-−+*×/÷^(]")
+_GOES_ON = tuple("=+-−*×/÷^√<>")  # before a left side: it is a part of a longer one
 
 
 def reflective_words(text: str) -> Counter[str]:
@@ -43,45 +70,60 @@ def reflective_words(text: str) -> Counter[str]:
 
 def correction(text: str) -> tuple[str, str, str] | None:
     """(the first equation, the word, the equation that replaces it) where ``text`` first looks back
-    and changes a result; None where it does not."""
+    and changes a result; None where it does not.
+
+    An equation is a sum, product, ... with or without brackets, variables, units and LaTeX (shown
+    without it), or a single variable, and one number on its right.
+    """
+    for pattern, replacement in _LATEX:
+        text = pattern.sub(replacement, text)
     words = [(found.start(), found.group()) for found in _WORDS.finditer(text)]
     starts = [at for at, _ in words]
     results: dict[str, tuple[int, str, str]] = {}
     for start, equation in _equations(text) if words else ():
-        left, right = (re.sub(" ", "", part).replace("−", "-") for part in equation.split("="))
+        left, right = (_one_spelling(part) for part in equation.split("="))
         before = results.get(left)
         if before is not None and before[1] != right:
             last = bisect_left(starts, start) - 1  # the last word before this equation
-            if last >= 0 and starts[last] > before[0]:
-                return before[2], words[last][1], equation
+            between = words[bisect_left(starts, before[0]) : last + 1]
+            if _VARIABLE.fullmatch(left):
+                between = [one for one in between if one[1].lower() in _TAKING_BACK]
+            if between:
+                return before[2], between[-1][1], equation
         results[left] = (start, right, equation)
     return None
 
 
+def _one_spelling(side: str) -> str:
+    for written, meant in ((" ", ""), ("−", "-"), ("×", "*"), ("÷", "/")):
+        side = side.replace(written, meant)
+    return side
+
+
 def _equations(text: str) -> Iterator[tuple[int, str]]:
-    """(where, "9 + 8 = 17") of each sum with one result, in time linear in the text."""
-    for run in _RUN.finditer(text):
-        body, begin = run.group(), 0
-        cuts = [(cut.start(), cut.end()) for cut in _CUT.finditer(body)]
-        for end, following in (*cuts, (len(body), 0)):
-            piece = body[begin:end]
-            left, equals, right = piece.partition("=")
-            short = len(piece) <= _LONGEST
-            if short and _SUM.fullmatch(left.strip()) and _RESULT.fullmatch(right.strip()):
-                yield run.start() + begin, piece.strip()
-            begin = following
+    """(where, "9 + 8 = 17") of each left side with one number, in time linear in the text."""
+    at = text.find("=")
+    while at >= 0:
+        begin = max(0, at - _WINDOW)
+        left, right = _LEFT.search(text[begin:at]), _RIGHT.match(text, at + 1)
+        if left is not None and right is not None:
+            start = begin + left.start()
+            side = left.group().strip()
+            whole = not text[max(0, start - 3) : start].rstrip().endswith(_GOES_ON)
+            if whole and (_OPERATOR.search(side) or _VARIABLE.fullmatch(side)):
+                yield start, text[start : right.end()].strip()
+        at = text.find("=", at + 1)
 
 
 @dataclass(frozen=True)
 class Moment:
-    """An answer that corrects itself: the sample, its step, and what it changed."""
+    """An answer that corrects itself: the sample, its step, and what it changed. Or, where none
+    does, one with many words of reflection: ``changed`` is None."""
 
     step: int
     held_out: bool
     sample: Mapping[str, Any]
-    first: str
-    word: str
-    second: str
+    changed: tuple[str, str, str] | None  # the first equation, the word, the second
 
 
 def is_right(sample: Mapping[str, Any]) -> bool:
@@ -97,15 +139,19 @@ def find_moment(
     samples: Mapping[int, Sequence[Mapping[str, Any]]],
 ) -> Moment | None:
     """By ``RULE``: of the latest step that has one, held-out answers before training ones, the
-    first in the file."""
+    first in the file. Where there is none, by ``FALLBACK``."""
+    most, found = LEAST_WORDS - 1, None
     for held_out, kept in ((True, evals), (False, samples)):
         for step in sorted(kept, reverse=True):
-            for sample in kept[step]:
-                if is_right(sample):
-                    changed = correction(str(sample.get("completion", "")))
-                    if changed is not None:
-                        return Moment(step, held_out, sample, *changed)
-    return None
+            for sample in filter(is_right, kept[step]):
+                text = str(sample.get("completion", ""))
+                changed = correction(text)
+                if changed is not None:
+                    return Moment(step, held_out, sample, changed)
+                words = reflective_words(text).total()
+                if words > most:
+                    most, found = words, Moment(step, held_out, sample, None)
+    return found
 
 
 def words_by_step(

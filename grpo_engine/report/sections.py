@@ -26,6 +26,7 @@ SHOWN_PAIRS, FOLDED_PAIRS = 3, 9  # pairs of answers in the open, and behind a f
 LONGEST_ANSWER = 6000  # characters shown of one answer
 PHASE_NAMES = {
     "generate": "Sampling answers",
+    "sync_weights": "Weights to the sampler",
     "reward": "Scoring answers",
     "reward_model": "Scoring by reward models",
     "old_logprobs": "Log-probabilities, old policy",
@@ -41,7 +42,7 @@ KEY_FIELDS = [
     *("max_completion_length", "temperature", "learning_rate", "loss_type", "epsilon", "beta"),
     *("num_train_epochs", "sequences_per_step", "pairs_per_step", "lr_scheduler_type"),
     *("min_learning_rate", "max_length", "completion_only_loss"),
-    *("ref_model_sync_steps", "device", "seed"),
+    *("ref_model_sync_steps", "generator", "rollouts_ahead", "is_correction", "device", "seed"),
 ]
 EVAL_SETTINGS = {
     "eval_dataset": "problems from",
@@ -236,13 +237,6 @@ def _speed_cards(record: RunRecord) -> Iterable[str]:
         "tokens/s",
         [_line(record, "update_tokens_per_second", 2)],
         "Forward, loss, backward and optimiser alone.",
-        **_POSITIVE,
-    )
-    yield card(
-        "Sampler against trainer",
-        "nats/token",
-        [_line(record, "sampling/logp_difference_mean", 4)],
-        "Mean gap between the log-probabilities the two report for the same tokens.",
         **_POSITIVE,
     )
 

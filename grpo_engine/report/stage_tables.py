@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from grpo_engine.evaluate import Estimate, paired_difference
 from grpo_engine.report.charts import THIN, TONES, WIDE, Line, classes, percent, ticks
 from grpo_engine.report.pipeline_record import (
     MOST_MEASURED,
@@ -213,6 +214,33 @@ def _verdicts(
                 f"Here distillation is {ahead} RL on the same student: {percent(one['value'])} "
                 f"and {percent(two['value'])}; {clear}."
             )
+            results = {one.model: one.results for one in here}
+            paired = paired_shares(results[other], results[teacher])
+            if paired is not None:
+                yield (
+                    f"Problem by problem, distillation less RL is {_points(paired.value)} points "
+                    f"(95{THIN}% interval {_points(paired.low)} to {_points(paired.high)})."
+                )
+
+
+def paired_shares(before: Mapping[str, Any], after: Mapping[str, Any]) -> Estimate | None:
+    """Mean over the problems that two results have in common of the difference of their shares of
+    right samples; None where they have fewer than two in common."""
+    shares = []
+    for results in (before, after):
+        counts = results.get("correct") or []
+        rows = results.get("rows") or range(len(counts))
+        samples = results["num_samples"]
+        shares.append({row: n / samples for row, n in zip(rows, counts, strict=True)})
+    common = sorted(shares[0].keys() & shares[1].keys())
+    if len(common) < 2:
+        return None
+    one, other = ([share[row] for row in common] for share in shares)
+    return paired_difference(one, other)
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")
 
 
 def _apart(one: Sequence[float], two: Sequence[float]) -> bool:

@@ -4,9 +4,9 @@ Most reference answers are integers, fractions or decimals. Comparing them exact
 microseconds, needs no symbolic package, and never calls 1/2004! and 1/2006! equal because both
 round to zero. Anything this module does not understand completely is None, never a guess.
 
-Understood: integers, decimals (also 1e-7), ``1,234``, ``\\frac{a}{b}``, ``a/b``, ``a:b``, mixed
-numbers (``3\\frac{1}{2}``, ``3 1/2``), + - * / ^ ! with parentheses, ``|a|``, and square roots of
-perfect squares.
+Understood: integers, decimals (also 1e-7 and ``0.1\\overline{6}``), ``1,234``, ``\\frac{a}{b}``,
+``a/b``, ``a:b``, mixed numbers (``3\\frac{1}{2}``, ``3 1/2``), + - * / ^ ! with parentheses,
+``|a|``, and square roots of perfect squares.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _MAX_DEPTH = 40
 _THOUSANDS = re.compile(r"-?\d{1,3}(?:([, ])\d{3})(?:\1\d{3})*(?:\.\d+)?")
 _MIXED_PLAIN = re.compile(r"(-?)(\d+) (\d+)/(\d+)")
 _MIXED_LATEX = re.compile(r"(-?)(\d+) ?\\frac\{(\d+)\}\{(\d+)\}")
+_REPEATING = re.compile(r"(-?)(\d*)\.(\d*)\\(?:overline|bar)\{(\d{1,200})\}")
 _RATIO = re.compile(r"\d+(?:\.\d+)?:\d+(?:\.\d+)?")
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,4})?)"
@@ -41,6 +42,8 @@ def exact_value(text: str) -> Fraction | None:
     text = text.strip()
     if _THOUSANDS.fullmatch(text):
         return Fraction(text.replace(",", "").replace(" ", ""))
+    if repeating := _REPEATING.fullmatch(text):
+        return _repeating(*repeating.groups())
     if _RATIO.fullmatch(text):
         text = text.replace(":", "/")
     if mixed := _MIXED_PLAIN.fullmatch(text) or _MIXED_LATEX.fullmatch(text):
@@ -53,6 +56,13 @@ def exact_value(text: str) -> Fraction | None:
         return _Reader(text).read()
     except _NotExactError:
         return None
+
+
+def _repeating(sign: str, whole: str, fixed: str, again: str) -> Fraction:
+    """``0.1\\overline{6}``: what repeats is divided by nines."""
+    head = Fraction(int(whole + fixed or "0"), 10 ** len(fixed))
+    tail = Fraction(int(again), (10 ** len(again) - 1) * 10 ** len(fixed))
+    return -(head + tail) if sign else head + tail
 
 
 class _Reader:

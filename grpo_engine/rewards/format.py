@@ -2,26 +2,29 @@
 and the readable one of the later stages, ``<think> ... </think> summary`` (v1, section 2.3.1).
 
 Whitespace policy: blanks and newlines are allowed before ``<think>``, between the two blocks, and
-after ``</answer>``; nothing else may stand there. The answer must hold a character that is not
-whitespace. The thinking may be empty: a reward for its mere presence would make answers longer by
-construction, and then a growing response length would say nothing about reasoning.
+after ``</answer>``; nothing else may stand there. The answer must hold a character that can be
+seen: no whitespace, no control or format character (a zero-width space). The thinking may be empty:
+a reward for its mere presence would make answers longer by construction, and then a growing
+response length would say nothing about reasoning.
 
 One pass over the tags, no regular expression over the text between them: the regexes in
 circulation accept trailing text or a second answer because ``.*`` and ``$`` mean less than they
 seem.
 
 In the readable format the summary is whatever follows the reasoning; it may hold answer tags or a
-box. It must hold a character that is not whitespace and no think tag.
+box. It must hold a character that can be seen and no think tag.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import Any
 
 from grpo_engine.rewards.answers import completion_text
 
 _TAG = re.compile(r"</?(?:think|answer)>")
+_BLANKS = "\u115f\u1160\u2800\u3164\uffa0\u034f"  # Hangul fillers, empty Braille, a joiner
 _ORDER = ["<think>", "</think>", "<answer>", "</answer>"]
 
 
@@ -42,9 +45,15 @@ def has_r1_format(text: str, *, thinking_prefilled: bool = False) -> bool:
         text[think_end.end() : answer.start()],
         text[answer_end.end() :],
     )
-    return not any(part.strip() for part in outside) and bool(
-        text[answer.end() : answer_end.start()].strip()
+    return not any(part.strip() for part in outside) and _has_visible(
+        text[answer.end() : answer_end.start()]
     )
+
+
+def _has_visible(text: str) -> bool:
+    """Whether a character is neither a separator nor invisible (Unicode categories Z and C, and
+    the fillers and blanks that are counted as letters and symbols)."""
+    return any(unicodedata.category(one)[0] not in "ZC" and one not in _BLANKS for one in text)
 
 
 def format_reward(
@@ -65,7 +74,7 @@ def has_readable_format(text: str, *, thinking_prefilled: bool = False) -> bool:
     if [tag.group() for tag in tags] != _ORDER[:2]:
         return False
     think, think_end = tags
-    return not text[: think.start()].strip() and bool(text[think_end.end() :].strip())
+    return not text[: think.start()].strip() and _has_visible(text[think_end.end() :])
 
 
 def format_r1_reward(

@@ -192,7 +192,8 @@ def judge_reward(
     scores 0 unasked. None where ``solution`` is None and where the judge failed: see
     ``judge_reward.judge``, which a reward pool calls, for telling them apart.
 
-    ``chat_model``, ``chat_options``, ``cache``: as ``load_chat_model`` has them.
+    ``chat_model``, ``chat_options``, ``cache``: as ``load_chat_model`` has them. There is no
+    default model: a local one is loaded in every reward worker, beside the policy.
     """
     model = _loaded(chat_model, chat_options, cache)
     scores: list[float | None] = [None] * len(completions)
@@ -318,7 +319,10 @@ def _check(
 ) -> None:
     """At the start of a run: the judge is there and takes the key. Raises UserError."""
     if chat_model is None:
-        raise UserError("reward 'judge': needs the argument chat_model")
+        raise UserError(
+            "reward 'judge': needs the argument chat_model: an address http(s)://.../v1, "
+            "module:function, or a local model, which every reward worker loads"
+        )
     _loaded(chat_model, chat_options, cache)
 
 

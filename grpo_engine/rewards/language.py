@@ -13,11 +13,12 @@ The paper does not say how words are found nor what tells their language. Here:
   so French needs it, and Chinese or English do not.
 
 Not counted: the Latin letters of mathematics and code (other letters in them do count, or ``$``
-would be a place to hide), LaTeX commands, tags, addresses, single Latin and Greek letters, and text
-quoted from the prompt. Where the prompt is written in the target's script, its foreign words
-(names, terms) are not counted either.
+would be a place to hide), LaTeX commands, bare tags, addresses, names like ``x_1``, single Latin
+and Greek letters, and text quoted from the prompt. Where the prompt is written in the target's
+script, its foreign words (names, terms) are not counted either.
 
-A share near 1 hides a leak of a few characters, so ``off_script_characters`` counts those.
+A share near 1 hides a leak of a few characters, so ``off_script_characters`` counts those; training
+logs its mean, of the reasoning and of the answer apart.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_engine.rewards.answers import completion_text
-from grpo_engine.rewards.clock import loading
+from grpo_engine.rewards.clock import loading, measured
 from grpo_engine.rewards.words import words_by_script
 from grpo_engine.types import UserError
 
@@ -62,9 +63,17 @@ _SPANS = [("```", "```"), ("`", "`"), (r"\[", r"\]"), (r"\(", r"\)"), ("$$", "$$
 _QUOTES = [("“", "”"), ("«", "»"), ("「", "」"), ("『", "』"), ("„", "“"), ('"', '"')]
 _MAX_INLINE_MATHS = 300  # "$5 ... $6" of two prices is not mathematics
 _ASCII_LETTERS = re.compile("[A-Za-z]+")
-_MARKUP = re.compile(r"\\[A-Za-z]+|</?[A-Za-z][^<>\n]{0,100}>|https?://\S+")
-# x1, f_n, 3x are no words. The look-behind keeps a long word from being scanned once a letter.
-_IDENTIFIER = re.compile(r"(?<![A-Za-z])[A-Za-z]*[0-9_][A-Za-z0-9_]*")
+# Bare tags that are in use: any others, and attributes, would be a place to write in.
+_TAGS = (
+    "think|answer|summary|step|solution|reasoning|code|pre|math|table|thead|tbody|tr|td|th|ul|ol|li"
+    "|p|br|hr|b|i|u|em|strong|sub|sup|span|div|h[1-6]"
+)
+_MARKUP = re.compile(rf"\\[A-Za-z]{{1,20}}|</?(?:{_TAGS}) ?/?>|https?://[!-~]+")
+# x1, f_n, 3x are no words; their longer parts (total_cost) are. The look-behind keeps a long one
+# from being scanned once a letter.
+_IDENTIFIER = re.compile(
+    r"(?<![A-Za-z0-9_])(?=[A-Za-z]*[0-9_])(?:[A-Za-z]{0,2}[0-9_])+[A-Za-z]{0,2}(?![A-Za-z0-9_])"
+)
 _MATHS_WORDS = set(re.findall("[a-z]+", "sin cos tan log ln exp lim max min mod gcd lcm det arg"))
 _SENTENCE = re.compile(r"[^.!?\n。！？]+")
 _SHORTEST_SENTENCE = 5  # words; the detector guesses below that
@@ -145,12 +154,12 @@ def off_script_characters(text: str, language: str, *, prompt: str = "") -> int:
 
 
 def split_thinking(text: str) -> tuple[str, str]:
-    """(reasoning, answer). Without any think tag all is reasoning; an open block never ends."""
+    """(reasoning, answer). What stands before ``<think>`` is reasoning as well, or it would be a
+    place to write unseen. Without any think tag all is reasoning; an open block never ends."""
     head, closed, tail = text.rpartition("</think>")
-    if closed:
-        before, opened, inside = head.partition("<think>")
-        return (inside if opened else before), tail
-    return text.partition("<think>")[2] or text, ""
+    before, opened, inside = (head if closed else text).partition("<think>")
+    reasoning = before + inside if before.strip() else inside
+    return (reasoning if opened else before), tail if closed else ""
 
 
 def _text_between(text: str, opening: str, closing: str) -> list[tuple[str, bool]]:
@@ -255,8 +264,12 @@ def _score(
     language = language or prompt_language(question)
     if language is None:
         return None
-    thinking, _ = split_thinking(completion_text(completion))
-    return measure_language(thinking, language, prompt=question, alternatives=alternatives).share
+    thinking, answer = split_thinking(completion_text(completion))
+    use = measure_language(thinking, language, prompt=question, alternatives=alternatives)
+    measured("language/off_script_characters/thinking", use.off_script_characters)
+    leaked = off_script_characters(answer, language, prompt=question)
+    measured("language/off_script_characters/answer", leaked)
+    return use.share
 
 
 def language_consistency_reward(
@@ -270,7 +283,7 @@ def language_consistency_reward(
     """Share of target-language words in the reasoning, in [0, 1] (TRL signature; v2 eq. 7).
 
     ``language``: ISO 639-1 code of each row; where it is missing or None, that of the prompt (by
-    its script). The reasoning is what stands in ``<think>``, else the whole completion.
+    its script). The reasoning is what stands before ``</think>``, else the whole completion.
     None where there is nothing to judge: no words, or no language. Raises UserError for
     an unknown language and where lingua is needed and not installed.
     """

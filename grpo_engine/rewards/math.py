@@ -23,6 +23,7 @@ equations, units, words: ``notation.py``), Math-Verify last and only inside a ki
 * Words are compared as words, never as products of letters. ``\\ldots`` must be repeated literally.
 * A reference may be bare, boxed (the last box counts), or end in GSM8K's ``#### 72``. One that does
   not parse or does not equal itself gives None: the completion is not judged at all.
+* An answer too large to be compared (``(10^7)!`` against ``\\sqrt{2}``) is wrong.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class _Deferred:
 def judge_answer(
     text: str, solution: Any, symbolic: Symbolic, *, thinking_prefilled: bool = False
 ) -> tuple[float | None, str]:
-    """(score, outcome) of one completion; outcome is ok, no_answer, too_long or gold_invalid.
+    """(score, outcome) of one completion; outcome is ok, no_answer, too_long, resource_limit or
+    gold_invalid (and in a worker that is killed, time_limit).
 
     The reference is checked first, so that an unusable one gives None to every completion of its
     group, also to those without an answer.
@@ -93,7 +95,10 @@ def judge_answer(
         return 0.0, "too_long"
     if len(answers) > MAX_DISTINCT_ANSWERS:
         return 0.0, "ok"
-    right = all(_equal(gold, _normalise(answer), symbolic) for answer in answers)
+    try:
+        right = all(_equal(gold, _normalise(answer), symbolic) for answer in answers)
+    except (MemoryError, RecursionError, OverflowError):  # the reference alone was no such burden
+        return 0.0, "resource_limit"
     return float(right), "ok"
 
 
@@ -295,9 +300,9 @@ def accuracy_reward(
     """1.0 / 0.0 for a right / wrong or missing answer; None where it could not be judged.
 
     TRL signature, usable alone and from any thread: comparisons that need symbolic work run in
-    worker processes with a deadline of 5 s each and give None when they are killed. Raises
-    UserError only for a caller's mistake: unequal lengths, or math-verify missing where it is
-    needed.
+    worker processes with a deadline of 5 s each; one that is killed gives 0.0 where the answer was
+    to blame, None where the reference was. Raises UserError only for a caller's mistake: unequal
+    lengths, or math-verify missing where it is needed.
     """
     if len(completions) != len(solution):
         raise UserError(

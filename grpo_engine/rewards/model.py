@@ -147,6 +147,14 @@ class ScoreCard:
         return card
 
 
+def saved_folder(source: str | os.PathLike[str]) -> Path:
+    """Where ``source`` leads: a checkpoint, or the newest one of a ``reward-model`` run."""
+    path = Path(source).expanduser()
+    if not (path / CARD_FILE).is_file() and path.is_dir():
+        path = (list_checkpoints(path) or [path])[-1]
+    return path
+
+
 class ScalarModel:
     """A saved reward model, ready to score. Deterministic: no sampling, no dropout."""
 
@@ -175,9 +183,7 @@ class ScalarModel:
         Raises UserError for a folder that holds no reward model or a damaged one, or an unknown
         scale.
         """
-        path = Path(folder).expanduser()
-        if not (path / CARD_FILE).is_file() and path.is_dir():
-            path = (list_checkpoints(path) or [path])[-1]
+        path = saved_folder(folder)
         card = ScoreCard.read(path)
         if (path / SEAL).is_file():
             try:

@@ -13,6 +13,7 @@ _SUBSTITUTIONS = [
     (re.compile(r"\u00d7"), r"\\times "),
     (re.compile(r"\u00f7"), r"\\div "),
     (re.compile(r"\u00b7"), r"\\cdot "),
+    (re.compile(r"\u221e"), r"\\infty "),
     (re.compile(r"\u03c0|(?<![a-zA-Z\\])pi(?![a-zA-Z])"), r"\\pi "),
     (re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\s*"), ""),
     (re.compile(r"\\displaystyle(?![a-zA-Z])|\\!|\\\(|\\\)|\\\[|\\\]"), ""),
@@ -52,7 +53,9 @@ _VALUE_NAME = re.compile(
     r"(?![a-zA-Z])"
     r"|(?<![a-zA-Z\\])[ei]\^"
 )
-_DANGLING = re.compile(r"(?:^[*/^=]|[-+*/^=_])$")
+_DANGLING = re.compile(
+    r"(?:^[*/^=]|[-+*/^=_])$|(?<![a-zA-Z])(?:log|ln|lg|exp|sqrt|sin|cos|tan|cot|sec|csc)$"
+)
 
 
 class Container(NamedTuple):

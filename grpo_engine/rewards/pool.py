@@ -13,7 +13,8 @@ Every completion gets exactly one outcome per reward, in order:
 * ``timeout``: past the deadline, worker killed; ``worker_death``: it exited or crashed;
 * ``error``: the function raised; ``invalid_score``: NaN, infinite, not a number, or a wrong number
   of scores;
-* or a name the reward itself gives (accuracy: ``no_answer``, ``too_long``, ``gold_invalid``).
+* or a name the reward itself gives (accuracy: ``no_answer``, ``too_long``, ``gold_invalid``); it
+  may do so beforehand, for the case that the deadline passes (``time_limit``: see ``clock.py``).
 
 Failures (the third to sixth) score None, never 0. When their share of a batch passes
 ``max_error_rate`` the batch is abandoned with one clear line, instead of training on what is left.
@@ -71,6 +72,7 @@ class Batch:
     first_errors: dict[int, tuple[int, str]] = field(default_factory=dict)  # (item, message)
     failures: dict[int, Counter[str]] = field(default_factory=dict)
     seconds: dict[int, list[float]] = field(default_factory=dict)
+    measures: dict[str, list[float]] = field(default_factory=dict)  # by name, in any order
 
     def put(self, item: int, completion: Any, completion_ids: list[int] | None) -> None:
         self.items[item] |= {"completion": completion, "completion_ids": completion_ids}
@@ -386,6 +388,7 @@ class RewardPool:
             task, scores, outcome, text, seconds = content
             worker.assigned.popleft()
             worker.scored += 1
+            worker.if_killed = None
             worker.deadline = now + self.timeout_s
             if outcome in ("error", "invalid_score"):
                 text += worker.last_lines()
@@ -393,6 +396,11 @@ class RewardPool:
         elif kind == "loading":
             limit = self.timeout_s if worker.ready and not content[0] else self.startup_timeout_s
             worker.deadline = now + limit
+        elif kind == "measured":
+            name, value = content
+            batch.measures.setdefault(name, []).append(value)
+        elif kind == "if_killed":
+            worker.if_killed = tuple(content)
         elif kind == "ready":
             worker.ready = True
             self._start_failures = 0
@@ -419,7 +427,8 @@ class RewardPool:
             if self._start_failures >= _MAX_START_FAILURES:
                 raise UserError(f"reward workers fail to start: {message}")
         elif worker.assigned and batch is not None:
-            batch.finish(worker.assigned.popleft(), None, outcome, message, self.timeout_s)
+            score, outcome = (outcome == "timeout" and worker.if_killed) or (None, outcome)
+            batch.finish(worker.assigned.popleft(), score, outcome, message, self.timeout_s)
             batch.waiting.extend(worker.assigned)
             worker.assigned.clear()
 
@@ -447,4 +456,8 @@ class RewardPool:
                 first_errors[name] = batch.first_errors[index][1]
         weights = {reward.name: reward.weight for reward in self.rewards}
         totals = weighted_totals(weights, scores, outcome_of)
-        return RewardReport(scores, outcomes, first_errors, seconds, totals, outcome_of, weights)
+        # Sorted, not by which worker was the faster: two runs add up the same mean.
+        measures = {name: sorted(values) for name, values in sorted(batch.measures.items())}
+        return RewardReport(
+            scores, outcomes, first_errors, seconds, totals, outcome_of, weights, measures
+        )

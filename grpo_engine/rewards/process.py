@@ -61,6 +61,7 @@ class WorkerProcess:
         self.outgoing = bytearray(hello)
         self.ready = False
         self.assigned: deque[int] = deque()  # tasks, the one being scored first
+        self.if_killed: tuple[float, str] | None = None  # (score, outcome) of that being scored
         self.scored = 0
         self.deadline = time.monotonic() + startup_timeout_s
 

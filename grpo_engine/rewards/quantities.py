@@ -70,17 +70,20 @@ _NUMBER_WORDS = (
     "half halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths seventh "
     "sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths thousandth thousandths "
     "millionth millionths billionth billionths score gross lakh crore quadrillion quintillion "
-    "googol mil mln mio mn bln bn tn trn percentage permille basis"
+    "googol mil mln mio mn bil bln bn tn trn thou grand percentage permille basis repeating "
+    "recurring binary ternary octal hex hexadecimal"
 )
 _OPERATOR_WORDS = (
     "squared cubed factorial plus minus times multiplied divided by to power over under above "
-    "below less fewer than mod modulo double doubled twice thrice triple tripled quadruple root "
-    "negative positive inverse reciprocal remainder"
+    "below less fewer than mod modulo double doubled twice thrice triple tripled quadruple "
+    "quadrupled quintuple quintupled sextuple sextupled septuple octuple root negative positive "
+    "inverse reciprocal remainder log ln lg exp sqrt sin cos tan"
 )
 _WITHDRAWING_WORDS = (
     "is are was isn isnt not no never nor if but except at most least maybe wrong incorrect"
 )
 _NEVER_UNITS = frozenset(f"{_NUMBER_WORDS} {_OPERATOR_WORDS} {_WITHDRAWING_WORDS}".split(" "))
+_SHORT_MAGNITUDES = frozenset(("k", "K", "M", "MM", "B", "G", "T"))  # m and g are units
 _NO_WORD = re.compile(r"[\d+*/=^!<>|]")
 
 
@@ -116,6 +119,8 @@ def split_unit(text: str, letters: bool = False) -> Quantity:
 
 
 def _is_known(word: str, letters: bool) -> bool:
+    if word in _SHORT_MAGNITUDES:
+        return False
     word = _singular(word)
     known = word in _UNITS or word in _MAGNITUDES or word in _SPEEDS
     return known and (letters or len(word) > 1)
@@ -124,6 +129,8 @@ def _is_known(word: str, letters: bool) -> bool:
 def _quantity(match: re.Match[str]) -> Quantity | None:
     """The parts of a match, or None when one of its words is no part of a unit."""
     number, scale = match["rest"], 1
+    if not _SHORT_MAGNITUDES.isdisjoint(re.split(r"[\s/.-]+", match["unit"])):
+        return None
     unit = match["unit"].lower().replace("/", " per ")
     words = [_singular(word) for word in re.split(r"[\s-]+", unit) if word]
     while words and words[0] in _MAGNITUDES:
@@ -132,7 +139,7 @@ def _quantity(match: re.Match[str]) -> Quantity | None:
     if taken:
         number, words = number + "%", words[taken:]
     other = _NEVER_UNITS | _MAGNITUDES.keys() | _PERCENT.keys()
-    if any(word in other or _NO_WORD.search(word) for word in words):
+    if any(word.removesuffix("fold") in other or _NO_WORD.search(word) for word in words):
         return None
     return Quantity(number, _one_spelling(words, match["power"] or ""), scale)
 

@@ -162,6 +162,20 @@ def load_reward(spec: RewardSpec | str) -> Reward:
     """
     if isinstance(spec, str):
         spec = RewardSpec.named(spec)
+    reward, check = _found(spec)
+    if check is not None:
+        check(**spec.args)  # what the reward needs is there; UserError where not
+    return reward
+
+
+def check_reward(spec: RewardSpec) -> None:
+    """What ``load_reward`` refuses by name, signature and arguments. The reward's own check, for
+    which a judge is loaded or asked, is left out."""
+    _found(spec)
+
+
+def _found(spec: RewardSpec) -> tuple[Reward, Callable[..., None] | None]:
+    """The reward of ``spec``, and its own check if it has one."""
     function = _find(spec)
     judge = getattr(function, "judge", None)
     kind, target = ("judge", judge) if judge is not None else (None, function)
@@ -175,19 +189,17 @@ def load_reward(spec: RewardSpec | str) -> Reward:
     unknown = [name for name in spec.args if name not in parameters]
     if unknown:
         raise UserError(f"reward {spec.name!r} has no argument {unknown[0]!r}")
-    check = getattr(function, "check", None)
-    if check is not None:
-        check(**spec.args)  # what the reward needs is there; UserError where not
     required = getattr(function, "required_columns", None)
     if required is None:
         required = _required_columns(kind, parameters, spec.args)
-    return Reward(
+    reward = Reward(
         name=spec.name,
         kind=kind,
         function=functools.partial(target, **spec.args) if spec.args else target,
         required_columns=tuple(required),
         accepts=None if any_name else frozenset(parameters) - set(spec.args),
     )
+    return reward, getattr(function, "check", None)
 
 
 def _signature_kind(spec: RewardSpec, parameters: Mapping[str, Any]) -> str:
@@ -252,16 +264,25 @@ def find_function(location: str, wanted_as: str) -> Callable[..., Any]:
     return function
 
 
-def source_sha256(location: str) -> str | None:
-    """Of the file that ``package.module:function`` or ``path/to/file.py:function`` lies in; None
-    where there is none."""
+def source_file(location: str) -> Path | None:
+    """The file that ``package.module:function`` or ``path/to/file.py:function`` lies in, for
+    ``file.py`` whether it is there or not; None where no module is found."""
     place = location.rpartition(":")[0]
     if place.endswith(".py"):
-        path = Path(place).expanduser()
-    else:
+        return Path(place).expanduser()
+    try:
         found = importlib.util.find_spec(place)
-        path = Path((found and found.origin) or "")
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    except (ImportError, ValueError):  # its package is not there, or it is no module's name
+        return None
+    path = Path((found and found.origin) or "")
+    return path if path.is_file() else None
+
+
+def source_sha256(location: str) -> str | None:
+    """Of the file that ``location`` lies in (``source_file``); None where there is none."""
+    path = source_file(location)
+    there = path is not None and path.is_file()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if there else None
 
 
 def _import_file(place: str) -> Any:

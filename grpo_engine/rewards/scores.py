@@ -30,6 +30,7 @@ class RewardReport:
     totals: list[float | None]  # weighted sum; None = nothing applicable, or a reward failed
     outcome_of: dict[str, list[str]] = field(default_factory=dict)  # in the order of ``scores``
     weights: dict[str, float] = field(default_factory=dict)
+    measures: dict[str, list[float]] = field(default_factory=dict)  # what rewards measured besides
 
     def error_rate(self, name: str) -> float:
         """Share of completions on which reward ``name`` failed."""
@@ -75,7 +76,7 @@ def merged(reports: Sequence[RewardReport]) -> RewardReport:
     """Reports of different rewards on the same completions as one."""
     if len(reports) == 1:
         return reports[0]
-    parts = ("scores", "outcomes", "first_errors", "seconds", "outcome_of", "weights")
+    parts = ("scores", "outcomes", "first_errors", "seconds", "outcome_of", "weights", "measures")
     joined = {
         part: {name: value for r in reports for name, value in getattr(r, part).items()}
         for part in parts

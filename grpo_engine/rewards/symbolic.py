@@ -13,7 +13,7 @@ import logging
 from functools import lru_cache
 from typing import Any
 
-from grpo_engine.rewards.clock import loading
+from grpo_engine.rewards.clock import loading, verdict_if_killed
 from grpo_engine.types import UserError
 
 _CONSTANT_DIGITS = 40
@@ -27,7 +27,10 @@ class MathVerify:
         return _gold_is_valid(gold)
 
     def equal(self, gold: str, answer: str) -> bool:
-        """Whether ``answer`` is mathematically equal to ``gold`` (LaTeX, without the box)."""
+        """Whether ``answer`` is mathematically equal to ``gold`` (LaTeX, without the box), which
+        parses: an answer that takes longer than the deadline (``(10^7)!``) is wrong."""
+        require_math_verify()
+        verdict_if_killed(0.0, "time_limit")
         return _equal(gold, answer)
 
 

@@ -31,9 +31,11 @@ MAX_MESSAGE_CHARS = 500
 
 def main(channel_fd: int, lifeline_fd: int) -> None:
     """Load the rewards named by the first message, then score slices until the socket closes."""
-    _die_with(lifeline_fd)
+    die_with(lifeline_fd)
     channel = socket.socket(fileno=channel_fd)
     clock.on_loading(lambda begins: _send(channel, ["loading", begins]))
+    clock.on_measured(lambda name, value: _send(channel, ["measured", name, value]))
+    clock.on_verdict_if_killed(lambda *verdict: _send(channel, ["if_killed", *verdict]))
     first = _receive(channel)
     if first is None:
         return
@@ -56,7 +58,7 @@ def main(channel_fd: int, lifeline_fd: int) -> None:
             _send(channel, ["scored", task, scores, outcome, message, elapsed])
 
 
-def _die_with(lifeline_fd: int) -> None:
+def die_with(lifeline_fd: int) -> None:
     fcntl.fcntl(lifeline_fd, fcntl.F_SETOWN, -os.getpgrp())  # children of a reward die as well
     flags = fcntl.fcntl(lifeline_fd, fcntl.F_GETFL)
     fcntl.fcntl(lifeline_fd, fcntl.F_SETFL, flags | os.O_NONBLOCK | os.O_ASYNC)

@@ -1,5 +1,5 @@
-"""The folder of a run that goes on where it stopped, such as an evaluation: what it may hold, and
-whether its samples are of the same run."""
+"""The folder of a run that goes on where it stopped: what it may hold, and whether its samples are
+of the same run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_engine.evaluation.samples import SAMPLES_FILE
 from grpo_engine.types import UserError
-
-RESULTS_FILE = "results.json"
-FILES = ("config.yaml", "manifest.json", RESULTS_FILE, SAMPLES_FILE)
 
 
 def check_folder(
@@ -20,8 +16,8 @@ def check_folder(
     overwrite: bool,
     sources: Mapping[str, str | None],
     *,
-    verb: str = "eval",
-    files: Sequence[str] = FILES,
+    verb: str,
+    files: Sequence[str],
 ) -> None:
     """Refuse a folder that holds something other than the ``files`` of a run of ``verb``, holds an
     input (``sources``: by field) to be deleted, or cannot be written to. Leaves nothing behind."""
@@ -48,7 +44,7 @@ def check_folder(
 
 
 def _is_filled(path: Path) -> bool:
-    """An empty file is what an evaluation stopped at its very beginning leaves."""
+    """An empty file is what a run stopped at its very beginning leaves."""
     return path.exists() and path.stat().st_size > 0
 
 

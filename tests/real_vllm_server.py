@@ -1,0 +1,84 @@
+"""A real `vllm serve` beside the tests, started with the command line that our errors print."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+from grpo_engine.generation.server_check import ServerOptions, serve_command
+from grpo_engine.generation.vllm_server import connect_server
+from grpo_engine.types import UserError
+
+# A machine without a GPU, and tests that are not to take all of it.
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+SMALL = ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "4"]
+
+
+class RealServer:
+    """``url``, ``process`` and the ``log`` file of a running server."""
+
+    def __init__(self, url, process, log):
+        self.url, self.process, self.log = url, process, log
+
+    def post(self, path, fields=None):
+        body = json.dumps(fields or {}).encode()
+        request = urllib.request.Request(
+            self.url + path, body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read().decode()
+
+    def running(self):
+        """Requests that it is sampling."""
+        with urllib.request.urlopen(self.url + "/metrics", timeout=60) as answer:
+            text = answer.read().decode()
+        numbers = re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", text, re.M)
+        return sum(map(float, numbers))
+
+    def connect(self, policy, options):
+        options = replace(options, base_url=self.url, timeout_s=120, start_timeout_s=240)
+        try:
+            return connect_server(policy, options)
+        except UserError as error:
+            pytest.fail(f"{error}\n{self.log.read_text()[-5000:]}")
+
+
+@contextmanager
+def serve(policy, folder, **options):
+    """A server for ``policy`` with what ``ServerOptions(**options)`` needs; (server, options)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        options = ServerOptions(f"http://127.0.0.1:{free.getsockname()[1]}", **options)
+    words = shlex.split(serve_command(policy, options))
+    settings = dict(word.split("=") for word in words[: words.index("vllm")])
+    model, *flags = words[words.index("serve") + 1 :]
+    # vllm-cpu's own command `vllm` asks for the metadata of a package vllm, which it is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    log = folder / "vllm.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, *flags, *SMALL],
+            env={**os.environ, **ENVIRONMENT, **settings},
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    try:
+        yield RealServer(options.url, process, log), options
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
