@@ -33,7 +33,6 @@ def check_output_dir(
     rather than at the first checkpoint if the folder cannot be written to. Leaves nothing
     behind."""
     folder = Path(config.output_dir)
-    made: list[Path] = []
     try:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--output_dir {folder}: exists and is not a folder")
@@ -49,7 +48,15 @@ def check_output_dir(
                 source = Path(path).expanduser().resolve()
                 if any(source.is_relative_to(file.resolve()) for file in files):
                     raise UserError(f"--overwrite: would delete --{name} {path}")
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: not writable ({error.strerror})") from error
+    check_writable(folder)
+
+
+def check_writable(folder: Path) -> None:
+    """UserError where no file can be made in ``folder``. Leaves nothing behind."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()

@@ -37,6 +37,7 @@ LEAVES = {
     "types",
     "support",
     "settings",
+    "child",
     "config",
     "endpoints",
     "templates",

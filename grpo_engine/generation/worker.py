@@ -23,11 +23,9 @@ import faulthandler
 import importlib
 import json
 import os
-import pickle
 import queue
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -39,10 +37,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo_engine.rewards.worker import describe, die_with
+from grpo_engine.child import describe, die_with, receive, send
 from grpo_engine.types import GeneratorError, UserError
 
-LENGTH = struct.Struct("!Q")
 LOOK_UP_S = 0.5  # longest wait before looking whether the process is still there
 CLOSE_S = 10.0  # for an orderly end, before the kill
 CLEAN_UP_S = 2.0  # then for what it started, such as the tracker that frees shared memory
@@ -318,30 +315,6 @@ def _write(channel: socket.socket, outbox: queue.SimpleQueue) -> None:
     with contextlib.suppress(OSError):
         while (message := outbox.get()) is not None:
             send(channel, message)
-
-
-def send(channel: socket.socket, message: Any) -> None:
-    body = pickle.dumps(message)
-    channel.sendall(LENGTH.pack(len(body)) + body)
-
-
-def receive(channel: socket.socket) -> Any:
-    """The next message, or None when the other end has closed."""
-    header = _exactly(channel, LENGTH.size)
-    if header is None:
-        return None
-    body = _exactly(channel, LENGTH.unpack(header)[0])
-    return None if body is None else pickle.loads(body)
-
-
-def _exactly(channel: socket.socket, size: int) -> bytearray | None:
-    received = bytearray()
-    while len(received) < size:
-        piece = channel.recv(min(size - len(received), 1 << 20))
-        if not piece:
-            return None
-        received += piece
-    return received
 
 
 # -- in the worker ---------------------------------------------------------------------------------

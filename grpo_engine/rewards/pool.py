@@ -38,6 +38,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from grpo_engine.child import framed
 from grpo_engine.rewards.process import WorkerProcess
 from grpo_engine.rewards.registry import RewardSpec
 from grpo_engine.rewards.scores import (
@@ -46,7 +47,6 @@ from grpo_engine.rewards.scores import (
     check_error_rate,
     weighted_totals,
 )
-from grpo_engine.rewards.worker import LENGTH
 from grpo_engine.types import UserError
 
 _MAX_SLICE = 64  # scores sent to a worker at a time
@@ -146,7 +146,7 @@ class RewardPool:
         self.required_columns: list[list[str]] = []
         self._check()
         hello = pickle.dumps({"rewards": self.rewards, "memory_limit_mb": memory_limit_mb})
-        self._hello = LENGTH.pack(len(hello)) + hello
+        self._hello = framed(hello)
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._start_failures = 0
@@ -322,7 +322,7 @@ class RewardPool:
             protocol=pickle.HIGHEST_PROTOCOL,
         )
         worker.assigned.extend(tasks)
-        worker.outgoing += LENGTH.pack(len(body)) + body
+        worker.outgoing += framed(body)
         worker.deadline = time.monotonic() + self.timeout_s
         self._flush(worker)
 

@@ -8,25 +8,18 @@ kernel sends SIGIO, whose default action is to kill, when the pool's end of the 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
-import pickle
 import resource
 import socket
-import struct
 import time
-import traceback
 from collections.abc import Mapping
 from typing import Any
 
+from grpo_engine.child import describe, die_with, receive
 from grpo_engine.rewards import clock
 from grpo_engine.rewards.registry import InvalidScoreError, Reward, load_reward
 from grpo_engine.types import UserError
-
-LENGTH = struct.Struct("!Q")
-MAX_MESSAGE_CHARS = 500
 
 
 def main(channel_fd: int, lifeline_fd: int) -> None:
@@ -36,7 +29,7 @@ def main(channel_fd: int, lifeline_fd: int) -> None:
     clock.on_loading(lambda begins: _send(channel, ["loading", begins]))
     clock.on_measured(lambda name, value: _send(channel, ["measured", name, value]))
     clock.on_verdict_if_killed(lambda *verdict: _send(channel, ["if_killed", *verdict]))
-    first = _receive(channel)
+    first = receive(channel)
     if first is None:
         return
     _limit_memory(first["memory_limit_mb"])
@@ -46,7 +39,7 @@ def main(channel_fd: int, lifeline_fd: int) -> None:
         _send(channel, ["refused", str(error)])
         return
     _send(channel, ["ready", [list(reward.required_columns) for reward in rewards]])
-    while (work := _receive(channel)) is not None:
+    while (work := receive(channel)) is not None:
         for task, reward_index, item_index in work["tasks"]:
             started = time.monotonic()
             reward = rewards[reward_index]
@@ -58,17 +51,6 @@ def main(channel_fd: int, lifeline_fd: int) -> None:
             _send(channel, ["scored", task, scores, outcome, message, elapsed])
 
 
-def die_with(lifeline_fd: int) -> None:
-    fcntl.fcntl(lifeline_fd, fcntl.F_SETOWN, -os.getpgrp())  # children of a reward die as well
-    flags = fcntl.fcntl(lifeline_fd, fcntl.F_GETFL)
-    fcntl.fcntl(lifeline_fd, fcntl.F_SETFL, flags | os.O_NONBLOCK | os.O_ASYNC)
-    try:
-        if os.read(lifeline_fd, 1) == b"":  # the pool was gone before the signal was armed
-            os._exit(1)
-    except BlockingIOError:
-        return
-
-
 def _limit_memory(limit_mb: int | None) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if limit_mb is not None:
@@ -77,25 +59,6 @@ def _limit_memory(limit_mb: int | None) -> None:
         if hard != resource.RLIM_INFINITY:
             limit = min(limit, hard)
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-
-
-def _receive(channel: socket.socket) -> Any:
-    """The next message, or None when the pool has closed the socket."""
-    header = _receive_exactly(channel, LENGTH.size)
-    if header is None:
-        return None
-    body = _receive_exactly(channel, LENGTH.unpack(header)[0])
-    return None if body is None else pickle.loads(body)
-
-
-def _receive_exactly(channel: socket.socket, size: int) -> bytearray | None:
-    received = bytearray()
-    while len(received) < size:
-        piece = channel.recv(min(size - len(received), 1 << 20))
-        if not piece:
-            return None
-        received += piece
-    return received
 
 
 def _send(channel: socket.socket, message: list[Any]) -> None:
@@ -149,11 +112,3 @@ def checked_score(value: Any) -> float | None:
     if not math.isfinite(number):
         raise InvalidScoreError(f"returned {number}")
     return number
-
-
-def describe(error: BaseException) -> str:
-    """``ValueError: why (file.py:12)`` on one line."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
-    return text[:MAX_MESSAGE_CHARS] + place

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_engine.run_folder import check_writable
 from grpo_engine.types import UserError
 
 
@@ -30,17 +31,7 @@ def check_folder(
     for name, source in sources.items() if overwrite else ():
         if source and Path(source).expanduser().resolve() in own:
             raise UserError(f"--overwrite: would delete --{name} {source}")
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: not writable ({error.strerror})") from error
-    finally:
-        for path in made:
-            if path.is_dir():
-                path.rmdir()
+    check_writable(folder)
 
 
 def _is_filled(path: Path) -> bool:
