@@ -115,7 +115,8 @@ def workspace(board: Board, case: Case):
         return None
     elements = sum(case.sizes[axis] * case.sizes["D"] for axis in "NV")
     beside = row.peak_mib - elements * case.dtype.itemsize / 2**20
-    return f"{beside:.0f} MiB", beside <= WORKSPACE_MIB
+    in_fp32 = row.peak_mib - elements * 4 / 2**20  # as they are summed, until they are rounded
+    return f"{beside:.0f} MiB; beside their fp32 sums {in_fp32:.0f} MiB", beside <= WORKSPACE_MIB
 
 
 def sparse(board: Board, case: Case):
