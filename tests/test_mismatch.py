@@ -366,6 +366,33 @@ def test_an_engine_that_dies_ends_the_run_with_the_last_step_saved(
     assert engine().closed.is_set()
 
 
+def test_ahead_an_evaluation_tells_why_the_engine_died(inputs, tmp_path, engine, capsys):
+    """Of what was sampled ahead, and not that the engine is gone by now."""
+
+    def prepare(one):
+        plain, dead = one.sync_weights, []
+
+        def before(count):
+            if count == 3:  # after an evaluation and the first rollout: the one ahead
+                dead.append("died")
+                raise GeneratorError("the engine died\n  the last line of its log")
+
+        def sync(version):
+            if dead:
+                raise GeneratorError("the engine is gone")
+            return plain(version)
+
+        one.before, one.sync_weights = before, sync
+
+    engine.prepare = prepare
+    changes = AHEAD | {"eval_dataset": str(inputs / "held.jsonl"), "eval_steps": 1}
+    changes |= {"eval_reward": f"{inputs / 'reward.py'}:share_of_a"}
+    assert train_grpo(build_config(settings(inputs, tmp_path, **changes))) == 1
+    out = capsys.readouterr().out
+    assert "stopped: after step 1: the engine died" in out and "is gone" not in out
+    assert "the last line of its log" in out
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

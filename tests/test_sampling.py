@@ -58,6 +58,8 @@ def samples_of(folder):
 class Watched:
     """A sampler that notes what is asked of it, and fails at the ``last``-th draw."""
 
+    notes = ["it cannot sleep"]
+
     def __init__(self, generator, seen, last):
         self.generator, self.seen, self.last = generator, seen, last
 
@@ -93,11 +95,12 @@ def watch(monkeypatch):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_sampler_is_opened_by_the_first_draw_and_closed(verb, inputs, tmp_path, watch):
+def test_a_sampler_is_opened_by_the_first_draw_and_closed(verb, inputs, tmp_path, watch, capsys):
     seen = watch()
     assert run(verb, inputs, tmp_path / "run", "--dry-run") == 0
     assert seen == [], "a dry run starts no engine"
     run(verb, inputs, tmp_path / "run")
+    assert capsys.readouterr().err.count("grpo-engine: it cannot sleep\n") == 1
     batches = {json.loads(line)["batch"] for line in samples_of(tmp_path / "run")}
     assert seen == ["open 8", "sync 0", *["draw"] * len(batches), "close"] and len(batches) == 4
     seen.clear()
@@ -155,6 +158,18 @@ def test_the_plan_names_another_sampler(verb, inputs, tmp_path, monkeypatch, cap
         assert run(verb, inputs, tmp_path / "run", "--dry-run", **changes) == 0
         out = capsys.readouterr().out
         assert ("sampler      vLLM server at http://there:1" in out) == named, out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_temperature_that_vllm_would_raise_is_refused(verb, inputs, tmp_path, capsys):
+    server = {"vllm_mode": "server", "vllm_server_base_url": "http://there:1"}
+    changes = {"temperature": 0.005}
+    if verb == "sample":
+        changes = {"generators": [{"name": "cold", "temperature": 0.005}]}
+    sampler = {"generator": "vllm", **server}
+    assert run(verb, inputs, tmp_path / "run", "--dry-run", **sampler, **changes) == 2
+    assert "temperature 0.005: vLLM would draw at 0.01" in capsys.readouterr().err
+    assert run(verb, inputs, tmp_path / "run", "--dry-run", **changes) == 0
 
 
 @pytest.mark.parametrize("verb", VERBS)

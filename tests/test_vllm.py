@@ -189,6 +189,18 @@ def test_finished_ones_are_handed_over_while_others_are_drawn(generator):
     assert lengths[0] < lengths[-1]
 
 
+def test_tokens_are_progress_while_nothing_finishes(policy, generator):
+    """In a call that takes several times as long as the worker may be silent."""
+    sampling = SamplingParams(440, temperature=2.0, top_p=0.99, return_support=True)  # slow
+    requests = requests_of(200)
+    drawn = generator.generate(requests, sampling)
+    long = [r for r, one in zip(requests, drawn, strict=True) if one.finish_reason == "length"]
+    seen, started, work = [], time.monotonic(), (long[:1] * 64, sampling)
+    generator.engine.worker.call("generate", work, timeout_s=60, on_message=seen.append)
+    assert time.monotonic() - started > 2, "too fast to show anything: draw more"
+    assert [] in seen and sum(map(len, seen)) == 64
+
+
 @pytest.mark.parametrize(
     "cut", [dict(top_k=5), dict(top_k=20, top_p=0.6), dict(top_p=0.7), dict(top_k=1)]
 )

@@ -49,6 +49,8 @@ class FakeEngine:
 
 
 class FakeSync:
+    notes = ["the server cannot say"]
+
     def __init__(self):
         self.error, self.closed = None, False
 
@@ -73,13 +75,13 @@ ONE, SAMPLING = [GenerationRequest([5, 6], 0)], SamplingParams(8)
 
 def test_the_first_sync_starts_the_engine_and_a_known_version_is_not_sent_again(made):
     generator, engine, _ = made
-    assert generator.engine is None and generator.notes == ()
+    assert generator.engine is None and generator.notes == []
     assert generator.sync_weights(3) == {"sync/seconds": 0.5}
     assert generator.sync_weights(3) == {}
     generator.generate(ONE, SAMPLING)
     generator.sync_weights(4)
     assert engine.done == ["wake", "sync 3", "wake", "generate", "sleep", "wake", "sync 4"]
-    assert generator.notes == ("it cannot sleep",)
+    assert generator.notes == ["it cannot sleep", "the server cannot say"]
     with pytest.raises(ValueError, match="version must not fall: 2 after 4"):
         generator.sync_weights(2)
 
@@ -240,6 +242,33 @@ def test_an_answer_of_vllm_becomes_a_generation():
 def test_an_answer_that_cannot_be_right_is_refused(answer, message):
     with pytest.raises((RuntimeError, ValueError), match=message):
         vllm_worker.generation_of(answer, with_support=True)
+
+
+def test_only_tokens_are_progress(monkeypatch):
+    """An engine that steps and makes none is left to the caller's time-out."""
+    monkeypatch.setattr(vllm_worker, "PROGRESS_S", -1.0)
+    monkeypatch.setattr(vllm_worker, "sampling_params", lambda *arguments: None)
+    partly = SimpleNamespace(request_id="3-0", finished=False, outputs=[output([4], None, None)])
+    whole = output([4], flat([(4, HALF)]))
+    done = SimpleNamespace(request_id="3-0", finished=True, outputs=[whole])
+    steps, sent = [[], [], [partly], [], [done]], []
+
+    def step():
+        now = steps.pop(0)
+        sent.append("step")
+        return now
+
+    engine = SimpleNamespace(
+        add_request=lambda *arguments, **options: None,
+        has_unfinished_requests=lambda: bool(steps),
+        step=step,
+    )
+    worker = vllm_worker.VLLMWorker()
+    worker.llm, worker.loader = SimpleNamespace(llm_engine=engine), SimpleNamespace(lora_request=0)
+    worker.eos_ids, worker.vocab_size = [2], 10
+    worker.generate(SimpleNamespace(number=3, cancelled=False, send=sent.append), (ONE, SAMPLING))
+    last = [(0, Generation([4], [HALF], "stop"))]
+    assert sent == ["step", "step", "step", [], "step", "step", last]
 
 
 def test_a_table_of_errors_becomes_its_first_message():

@@ -142,6 +142,10 @@ def test_a_dry_run_names_the_engine_and_starts_none(inputs, tmp_path, monkeypatc
     monkeypatch.setattr("grpo_engine.generation.engine.ALL_LOGPROBS_VOCAB", 100)
     assert main(["grpo", *words, "--top_p", "0.9", "--dry-run"]) == 2
     assert "top_p: 0.9 without top_k" in capsys.readouterr().err
+    assert main(["grpo", *words, "--eval_temperature", "0.009", "--dry-run"]) == 2
+    assert "eval_temperature 0.009: vLLM would draw at 0.01" in capsys.readouterr().err
+    assert main(["grpo", *words, "--temperature", "2.5", "--dry-run"]) == 2
+    assert "--temperature 2.5: vLLM draws at 2 at most" in capsys.readouterr().err
 
 
 @pytest.mark.vllm

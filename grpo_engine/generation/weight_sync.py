@@ -27,6 +27,15 @@ from grpo_engine.lora import base_tensors
 from grpo_engine.policy import Policy
 from grpo_engine.types import GeneratorError
 
+NO_TRANSFER = (
+    "vLLM: this version has no interface for new weights; it reloads them from shared memory "
+    "(reload_weights)"
+)
+NO_REPLY = (
+    "vLLM: the server cannot say what it has read of an adapter; only the log-probs of fixed "
+    "prompts prove that it has the right one"
+)
+
 
 class WeightSync:
     """Sends ``policy``'s weights to an engine; made anew for each engine."""
@@ -35,6 +44,7 @@ class WeightSync:
         self.policy = policy
         self.canary = Canary(policy)
         self.method: str | None = None  # how the engine loaded them: LoadedWeights.method
+        self.notes: list[str] = []  # of what stood in for the usual way, once each
         self._base_sent = False
 
     def sync(self, engine: Engine, version: int) -> dict[str, float]:
@@ -80,11 +90,19 @@ class WeightSync:
                 raise GeneratorError(
                     f"weights: version {version} was sent, the engine reports {loaded.version}"
                 )
+            if loaded.method == "reload_weights":
+                self._note(NO_TRANSFER)
             if loaded.replied:
                 require_same(published, published.replies())
+            else:
+                self._note(NO_REPLY)
         finally:
             published.close()
         return published.nbytes
+
+    def _note(self, sentence: str) -> None:
+        if sentence not in self.notes:
+            self.notes.append(sentence)
 
 
 def require_same(published: PublishedWeights, replies: list[Reply]) -> None:

@@ -45,6 +45,7 @@ CLOSE_S = 10.0  # for an orderly end, before the kill
 CLEAN_UP_S = 2.0  # then for what it started, such as the tracker that frees shared memory
 DUMP_S = 5.0  # for the stacks to be written
 TAIL_LINES = 15
+TAIL_BYTES = 1 << 20  # of a log, in which those lines are looked for
 STACK_LINES = 12
 EVERY_CALL = 0  # among the numbers of cancelled calls, which begin at 1
 _BOOTSTRAP = (
@@ -212,17 +213,20 @@ class WorkerProcess:
     def _fail(self, what: str, stacks_from: int | None = None) -> GeneratorError:
         """Kill it, and make the error: what happened, where it stood, what it said last."""
         self._end()
-        self.failure = f"it {what}"
-        log = self.log_path.read_bytes()
-        text = log[self._log_start : stacks_from].decode(errors="replace")
-        parts = [f"{self.name} {what}"]
-        if stacks_from is not None:
-            stack = main_stack(log[stacks_from:].decode(errors="replace"))
-            if stack:
-                parts += ["where it stood (most recent call first):", *stack]
+        parts = [what]
+        with open(self.log_path, "rb") as log:
+            end = log.seek(0, os.SEEK_END) if stacks_from is None else stacks_from
+            start = log.seek(max(self._log_start, end - TAIL_BYTES))
+            text = log.read(end - start).decode(errors="replace")
+            if stacks_from is not None:
+                stack = main_stack(log.read(TAIL_BYTES).decode(errors="replace"))
+                if stack:
+                    parts += ["where it stood (most recent call first):", *stack]
         lines = [line for line in text.splitlines() if line.strip()][-TAIL_LINES:]
         parts += [f"the end of its log, {self.log_path}:", *(f"  {line}" for line in lines)]
-        return GeneratorError("\n".join(parts))
+        whole = "\n".join(parts)
+        self.failure = f"it {whole}"  # told again to whoever calls next
+        return GeneratorError(f"{self.name} {whole}")
 
     def close(self, wait_s: float = CLOSE_S) -> None:
         """End it, with everything that it started. Safe to call twice, and from another thread than

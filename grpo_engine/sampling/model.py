@@ -10,6 +10,7 @@ from grpo_engine.generation.base import Generator
 from grpo_engine.generation.build import check_generator, open_generator
 from grpo_engine.manifest import weights_sha256
 from grpo_engine.policy import Policy
+from grpo_engine.progress import say
 from grpo_engine.sampling.samples import Cell
 from grpo_engine.sampling.series import SamplingConfig, Series
 from grpo_engine.types import UserError
@@ -60,6 +61,8 @@ class SamplingModel:
         if self._generator is None:
             self._generator = self._open.enter_context(open_generator(self.config, self.policy))
             self._generator.sync_weights(0)
+            for note in getattr(self._generator, "notes", ()):
+                say(note)
         made = self._generator.generate(series.requests(cells), series.sampling)
         decode = self.policy.tokenizer.decode
         return [
