@@ -384,7 +384,9 @@ def _fold_shard_cpu(
     others = scratch.sum(1)
     if top is not None:
         ids = local_ids.where(inside, -1)
-        note_top(top, logits, maxima, origin, others.log(), ids, token_logit, options)
+        # Less than 1 only where the token is the largest; then its 1 is the row's least.
+        log_sum = others.clamp(min=1.0).log()
+        note_top(top, logits, maxima, origin, log_sum, ids, token_logit, options)
     weighted = torch.zeros_like(others)
     if want_entropy:
         logits.clamp_(min=_LOG_ZERO)  # 0 * -inf

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from grpo_engine.kernels.top_logits import TopLogits
 from grpo_engine.kernels.vocab_parallel import fold_shard, merge_parts
 from grpo_engine.kernels.vocab_rows import LogitOptions, RowGrads, dlogits_rows, fold_rows
 
@@ -41,3 +42,12 @@ def test_shards_add_up_to_the_whole_row(cuts, softcap, device) -> None:
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5, msg=name)
         pieces.append(dlogits_rows(scratch, raw, ids - shard.start, options, stats, grads))
     torch.testing.assert_close(torch.cat(pieces, 1), true_grad, rtol=1e-5, atol=1e-6)
+
+
+def test_beside_a_token_that_holds_all_nothing_decides() -> None:
+    """Its shard's other exponentials are 0 in sum, of which every entry would be a large part."""
+    logits, ids = torch.zeros(2, 300), torch.tensor([7, 7])
+    logits[0, 7], logits[1, [7, 250]] = 200.0, 60.0
+    top = TopLogits()
+    fold_shard(logits, torch.empty_like(logits), ids, LogitOptions(), want_entropy=False, top=top)
+    assert (top.rows.tolist(), top.ids.tolist()) == ([0, 1, 1], [7, 7, 250])
