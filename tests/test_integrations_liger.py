@@ -97,6 +97,35 @@ def test_options(liger, loss_type: str, name: str):
     compare(liger, inputs, loss_type=loss_type, **OPTIONS[name])
 
 
+@pytest.mark.parametrize("loss_type", LIGER_LOSSES)
+def test_rows_without_tokens(liger, loss_type: str):
+    inputs = case()
+    inputs["attention_mask"][1] = 0
+    compare(liger, inputs, loss_type=loss_type, beta=0.1)
+    inputs["attention_mask"][:] = 0
+    loss, metrics = LigerFusedLinearGRPOLoss(loss_type=loss_type, max_completion_length=9)(**inputs)
+    assert loss == 0 and not any(metrics)
+
+
+def test_autocast_multiplies_in_the_autocast_dtype(liger):
+    inputs, results = case(), []
+    for kind in (liger, LigerFusedLinearGRPOLoss):
+        leaf = inputs["_input"].clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = kind(compiled=False, beta=0.1)(**inputs | {"_input": leaf})
+        results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
+    (expected, expected_grad), (found, grad) = results
+    halves = {name: inputs[name].bfloat16() for name in ("_input", "lin_weight")}
+    in_half, _ = LigerFusedLinearGRPOLoss(beta=0.1)(**inputs | halves)
+    exact, _ = LigerFusedLinearGRPOLoss(beta=0.1)(**inputs)
+    assert grad.dtype == torch.float32
+    torch.testing.assert_close(found, in_half, rtol=1e-5, atol=1e-7)
+    assert (found - exact).abs() > 100 * (found - in_half).abs() + 1e-6
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
+    scale = expected_grad.abs().max().item()
+    torch.testing.assert_close(grad, expected_grad, rtol=0, atol=0.1 * scale)
+
+
 @pytest.mark.parametrize("shape", [(4,), (4, 1), (4, WIDTH)], ids=str)
 @pytest.mark.parametrize("loss_type", [*LIGER_LOSSES, "luspo"])
 def test_sampler_ratio(liger, loss_type: str, shape):

@@ -8,6 +8,7 @@ from example_plain_loop import train
 from tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM
 
+from grpo_engine.integrations.contract import Unsupported
 from grpo_engine.integrations.pytorch import (
     FusedGRPOLoss,
     FusedLogprobs,
@@ -113,6 +114,77 @@ def test_loss_is_that_of_the_logits(model, options, packed: bool):
     assert max(grad.abs().max() for grad in theirs.values()) > 1e-3
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
+
+
+def adapted(model, **options):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, init_lora_weights=False, **options)
+    return peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "up_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["adapters", "whole head"],
+)
+def test_lora_through_pefts_wrapper(folder, options):
+    """The wrapper's own base_model is another wrapper, whose forward returns logits."""
+    model = AutoModelForCausalLM.from_pretrained(folder, tie_word_embeddings=False)
+    model, rows = adapted(model, **options), batch()
+    expected, _ = logprobs_of(model, rows, 1.0)
+    hidden = completion_hidden(model, rows["input_ids"], rows["attention_mask"], WIDTH)
+    ids = rows["input_ids"][:, -WIDTH:]
+    found = FusedLogprobs.for_model(model)(hidden, model.lm_head, ids, rows["mask"])
+    torch.testing.assert_close(found, expected * rows["mask"], rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(BATCH, WIDTH) * rows["mask"]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert any("lm_head" in name for name in trained) == ("modules_to_save" in options)
+    ours = torch.autograd.grad((found * upstream).sum(), list(trained.values()))
+    theirs = torch.autograd.grad((expected * upstream).sum(), list(trained.values()))
+    assert min(grad.abs().max() for grad in theirs) > 1e-5
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_what_the_fused_head_would_leave_out_is_refused(folder, model):
+    rows = batch()
+    arguments = (rows["input_ids"], rows["attention_mask"], WIDTH)
+    untied = AutoModelForCausalLM.from_pretrained(folder, tie_word_embeddings=False)
+    wrapped = adapted(untied, target_modules=["lm_head"])
+    hidden = completion_hidden(wrapped, *arguments)
+    for op in (FusedLogprobs(), FusedGRPOLoss()):
+        with pytest.raises(Unsupported, match="take lm_head off the adapter's target_modules"):
+            op(hidden, wrapped.lm_head, rows["input_ids"][:, -WIDTH:], torch.ones(BATCH))
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(Unsupported, match="PROMPT_TUNING"):
+        completion_hidden(peft.get_peft_model(model, config), *arguments)
+
+
+def test_autocast_and_checkpointing(model):
+    """The head's products in bf16, as a Linear's; its inputs and gradients stay fp32."""
+    rows = batch()
+    model.gradient_checkpointing_enable()
+    model.train()
+    ids, advantages = rows["input_ids"][:, -WIDTH:], torch.randn(BATCH)
+    loss_fn = FusedGRPOLoss(loss_type="dapo")
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = completion_hidden(model, rows["input_ids"], rows["attention_mask"], WIDTH)
+        assert hidden.dtype == torch.float32
+        found = loss_fn(hidden, model.lm_head, ids, advantages, rows["mask"])
+        assert model.lm_head(hidden).dtype == torch.bfloat16
+    halves = (hidden.detach().bfloat16(), model.lm_head.weight.detach().bfloat16())
+    assert torch.equal(found.logprobs, FusedLogprobs()(*halves, ids, rows["mask"]))
+    ours = gradients(model, found.loss)
+    assert {grad.dtype for grad in ours.values()} == {torch.float32}
+    hidden = completion_hidden(model, rows["input_ids"], rows["attention_mask"], WIDTH)
+    exact = loss_fn(hidden, model.lm_head, ids, advantages, rows["mask"])
+    torch.testing.assert_close(found.logprobs, exact.logprobs, rtol=0.02, atol=0.02)
+    for name, grad in gradients(model, exact.loss).items():
+        torch.testing.assert_close(ours[name], grad, rtol=0, atol=0.05 * grad.abs().max().item())
 
 
 def test_the_example_trains(model):

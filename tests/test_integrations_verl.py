@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import logging
+import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -151,7 +153,7 @@ def test_every_aggregation_of_verl_is_known(core_algos):
 
 
 def test_what_is_refused(core_algos):
-    with pytest.raises(ValueError, match="delta must be >= 1 \\+ epsilon_high"):
+    with pytest.raises(Unsupported, match="clip_ratio_c=1.2 must be >= 1 \\+ clip_ratio_high"):
         ours.policy_loss(**tensors(), config=config(clip_ratio_c=1.2))
     with pytest.raises(Unsupported, match="loss_agg_mode='mean'"):
         ours.policy_loss(**tensors(), loss_agg_mode="mean", config=config())
@@ -203,6 +205,37 @@ def test_plugin_registers_on_import(monkeypatch, verl_modules, core_algos, logpr
     ours.unpatch_verl()
     assert kernel.linear_cross_entropy is before
     assert verl_modules["verl.utils.experimental.torch_functional"].FusedLinearForPPO is object
+
+
+def load_plugins() -> None:
+    """The lines of verl/__init__.py that load plug-ins, as they stand."""
+    source = (HOSTS["verl"].folder / "__init__.py").read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    named = [i for i, n in enumerate(tree.body) if "_plugins_policy" in ast.unparse(n)]
+    assert len(named) == 2  # how it is chosen, what is loaded
+    tree.body = tree.body[named[0] : named[1] + 1]
+    exec(compile(tree, "verl/__init__.py", "exec"), {"os": os, "logging": logging})
+
+
+@pytest.mark.parametrize("policy", [None, "none", "grpo_engine,another"])
+def test_verl_finds_the_plugin_by_itself(monkeypatch, verl_modules, core_algos, policy):
+    """By the metadata of this installation, through verl's own loader: nothing to import or set.
+    A Ray worker does the same, since it imports verl as well."""
+    monkeypatch.delitem(sys.modules, "grpo_engine.integrations.verl_plugin", raising=False)
+    monkeypatch.setitem(core_algos, "POLICY_LOSS_REGISTRY", {})
+    if policy is not None:
+        monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", policy)
+    load_plugins()
+    assert ("grpo_engine" in core_algos["POLICY_LOSS_REGISTRY"]) == (policy != "none")
+
+
+def test_a_plugin_that_cannot_register_says_so(monkeypatch, verl_modules):
+    """verl itself logs it at level DEBUG."""
+    monkeypatch.delitem(sys.modules, "grpo_engine.integrations.verl_plugin", raising=False)
+    moved = Unsupported("verl.trainer.ppo.core_algos.agg_loss: no such symbol")
+    monkeypatch.setattr(ours, "require", lambda name: (_ for _ in ()).throw(moved))
+    with pytest.warns(UserWarning, match="not registered with verl: .*agg_loss: no such symbol"):
+        load_plugins()
 
 
 def test_the_entry_point_is_declared():

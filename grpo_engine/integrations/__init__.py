@@ -8,4 +8,5 @@ is used.
     liger     Liger's signatures, for code that was written for it
     skyrl, slime, prime_rl    the functions their plug-in points take
     contract  what we rely on in a host, checked in its source without importing it
+    head, padded    what they share: the head in mixed dtypes, the loss on [B, T] tensors
 """

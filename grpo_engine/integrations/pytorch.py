@@ -7,7 +7,11 @@
 
 Nothing of size [tokens, vocabulary] is ever made. Leave out ``old_logprobs`` while the policy that
 sampled is still the one being trained; later updates on the same samples pass the ``logprobs`` that
-the first returned.
+the first returned. Under ``torch.autocast`` the head's products run in its dtype, as a Linear's do.
+
+LoRA: ``model`` may be peft's wrapper; adapters of the head itself are refused. Several processes:
+DistributedDataParallel averages gradients only of a forward that went through it, so let it wrap a
+module whose forward makes these calls and returns the loss, not the model.
 """
 
 from __future__ import annotations
@@ -15,7 +19,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from grpo_engine.integrations.contract import Unsupported
+from grpo_engine.integrations.head import in_one_dtype, weight_and_bias
 from grpo_engine.integrations.padded import flat, row_bounds
 from grpo_engine.kernels import (
     LossMetrics,
@@ -58,12 +65,13 @@ def completion_hidden(
     """Hidden states [B, T, D] of a Hugging Face causal LM that predict its last T tokens.
 
     Args:
-        model: the whole causal LM; only its backbone is run.
+        model: the whole causal LM, or peft's wrapper of it; only its backbone is run.
         input_ids, attention_mask: [B, L]: prompts padded on the left, completions on the right.
         num_completion: T, columns that belong to completions; 0 < T < L.
 
     Raises:
         ValueError: a T that leaves no prompt token to predict the first completion token from.
+        Unsupported: a model in DistributedDataParallel, or with prompt learning.
     """
     length = input_ids.shape[1]
     if not 0 < num_completion < length:
@@ -72,7 +80,7 @@ def completion_hidden(
             f"got {num_completion}"
         )
     positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-    states = model.base_model(
+    states = _backbone(model)(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=positions,
@@ -82,10 +90,17 @@ def completion_hidden(
     return states[:, -num_completion - 1 : -1]
 
 
-def weight_and_bias(lm_head: nn.Module | Tensor) -> tuple[Tensor, Tensor | None]:
-    if isinstance(lm_head, Tensor):
-        return lm_head, None
-    return lm_head.weight, getattr(lm_head, "bias", None)
+def _backbone(model: Any) -> nn.Module:
+    if isinstance(model, DistributedDataParallel):
+        raise Unsupported(
+            "the model is a DistributedDataParallel, which would not average these gradients: let "
+            "it wrap a module whose forward calls completion_hidden and returns the loss"
+        )
+    if hasattr(model, "get_base_model"):  # peft's wrapper: adapters are inside, soft prompts not
+        if model.active_peft_config.is_prompt_learning:
+            raise Unsupported(f"{model.active_peft_config.peft_type}: prompts live in the wrapper")
+        model = model.get_base_model()
+    return model.base_model
 
 
 class FusedLogprobs(nn.Module):
@@ -132,7 +147,7 @@ class FusedLogprobs(nn.Module):
             token_ids: [...] integer.
             mask: [...]; tokens with 0 or False are left out of the work.
         """
-        weight, bias = weight_and_bias(lm_head)
+        hidden, weight, bias = in_one_dtype(hidden, *weight_and_bias(lm_head))
         found = linear_logprobs(
             hidden.reshape(-1, hidden.shape[-1]),
             weight,
@@ -219,7 +234,7 @@ class FusedGRPOLoss(nn.Module):
             cu_seqlens = row_bounds(*shape, token_ids.device)
             advantages = flat(advantages, shape)
             fields = tuple(flat(field, shape) for field in fields)
-        weight, bias = weight_and_bias(lm_head)
+        hidden, weight, bias = in_one_dtype(hidden, *weight_and_bias(lm_head))
         loss, metrics, logprobs = linear_grpo_loss(
             hidden.reshape(-1, hidden.shape[-1]),
             weight,

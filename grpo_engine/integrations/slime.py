@@ -3,10 +3,11 @@
     --loss-type custom_loss
     --custom-loss-function-path grpo_engine.integrations.slime.loss
 
-slime computes the log-probabilities from its Megatron logits; the clipped loss and the KL term are
-ours, in one launch. slime's reducer is linear, so its weights are its own gradient: normalisation,
-masks and context parallelism stay slime's. What slime's loss does beyond that is refused: entropy
-bonus, sampler corrections, off-policy sequence masks, GSPO and CISPO.
+slime computes the log-probabilities from its Megatron logits, over a top-p sampler's kept tokens
+where it replays them; the clipped loss and the KL term are ours, in one launch. slime's reducer is
+linear, so its weights are its own gradient: normalisation, masks and context parallelism stay
+slime's. What slime's loss does beyond that is refused: entropy bonus, sampler corrections,
+off-policy sequence masks, score centering, REINFORCE, GSPO and CISPO.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ REFUSED = {  # the value under which slime's loss has nothing more to do
     "use_opsm": False,
     "use_unbiased_kl": False,
     "custom_pg_loss_reducer_function_path": None,
+    "use_score_centering": False,
+    "pg_loss_type": None,
 }
 KL = {"k1": "k1", "k2": "k2", "k3": "k3", "low_var_kl": "k3"}
+LOW_VAR_KL_MAX = 10.0  # slime's bound of it, with no gradient beyond
 
 
 def loss(
@@ -38,7 +42,7 @@ def loss(
     sum_of_sample_mean: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """slime's custom loss: (loss, metrics), both as its reducer sums them."""
-    from slime.backends.megatron_utils.loss import get_log_probs_and_entropy
+    from slime.backends.megatron_utils import loss as theirs
 
     for name, harmless in REFUSED.items():
         value = getattr(args, name, harmless)
@@ -49,24 +53,32 @@ def loss(
     beta = args.kl_loss_coef if args.use_kl_loss else 0.0
     if beta and args.kl_loss_type not in KL:
         raise Unsupported(f"kl_loss_type={args.kl_loss_type!r}: k1, k2, k3 or low_var_kl")
-    _, found = get_log_probs_and_entropy(
-        logits,
-        args=args,
-        unconcat_tokens=batch["unconcat_tokens"],
-        total_lengths=batch["total_lengths"],
-        response_lengths=batch["response_lengths"],
-        with_entropy=False,
-        max_seq_lens=batch.get("max_seq_lens"),
-    )
-    log_probs = torch.cat(found["log_probs"]).float()
+    least = 1 + args.eps_clip_high
+    if args.eps_clip_c is not None and args.eps_clip_c < least:
+        raise Unsupported(
+            f"eps_clip_c={args.eps_clip_c!r} must be >= 1 + eps_clip_high = {least:g}"
+        )
+    log_probs = _log_probs(theirs, args, batch, logits)
+    if not log_probs.numel():  # a shard without responses: zero, but of the model's graph
+        zero = 0 * logits.sum()
+        names = ("loss", "pg_clipfrac") + (("kl_loss",) if beta else ())
+        return zero, dict.fromkeys(names, zero.detach())
     from_sampler = getattr(args, "use_rollout_logprobs", False)
-    old = _joined(batch["rollout_log_probs" if from_sampler else "log_probs"])
+    old = batch.get("rollout_log_probs" if from_sampler else "log_probs")  # none: on-policy
+    if from_sampler and not old:
+        raise ValueError("use_rollout_logprobs=True needs rollout_log_probs in the batch")
+    weights = _weights(sum_of_sample_mean, log_probs)
+    ref, beyond = None, 0.0
+    if beta:
+        ref = _joined(batch["ref_log_probs"])
+        if args.kl_loss_type == "low_var_kl":
+            ref, beyond = _bounded(ref, log_probs.detach(), weights)
     value, metrics = grpo_loss(
         log_probs,
-        old,
+        _joined(old) if old else None,
         _joined(batch["advantages"]),
-        loss_mask=_weights(sum_of_sample_mean, log_probs),
-        ref_logprobs=_joined(batch["ref_log_probs"]) if beta else None,
+        loss_mask=weights,
+        ref_logprobs=ref,
         loss_type="dapo",
         denominator=1.0,
         epsilon=args.eps_clip,
@@ -75,9 +87,37 @@ def loss(
         beta=beta,
         kl_estimator=KL[args.kl_loss_type] if beta else "k3",
     )
-    names = {"pg_clipfrac": "clip_region"} | ({"kl_loss": "kl"} if beta else {})
-    logged = {name: metrics[ours] * metrics["tokens"] for name, ours in names.items()}
-    return value, {"loss": value.detach(), **logged}
+    value = value + beta * beyond
+    logged = {"loss": value.detach(), "pg_clipfrac": metrics["clip_region"] * metrics["tokens"]}
+    if beta:
+        logged["kl_loss"] = metrics["kl"] * metrics["tokens"] + beyond
+    return value, logged
+
+
+def _log_probs(theirs: Any, args: Any, batch: dict[str, Any], logits: Tensor) -> Tensor:
+    """The current log-probabilities [N] fp32, by slime's own function as slime's own loss calls it,
+    whose arguments and results have changed with its releases."""
+    more = {"max_seq_lens": batch["max_seq_lens"]} if "max_seq_lens" in batch else {}
+    if hasattr(theirs, "get_rollout_top_p_logprob_kwargs"):
+        more |= theirs.get_rollout_top_p_logprob_kwargs(args, batch)
+    found = theirs.get_log_probs_and_entropy(
+        logits,
+        args=args,
+        unconcat_tokens=batch["unconcat_tokens"],
+        total_lengths=batch["total_lengths"],
+        response_lengths=batch["response_lengths"],
+        with_entropy=False,
+        **more,
+    )
+    found = found[1] if isinstance(found, tuple) else found
+    return torch.cat(found["log_probs"]).float()
+
+
+def _bounded(ref: Tensor, current: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(ref, made equal to the current where the KL term is beyond its bound, the bound's sum)."""
+    gap = ref - current
+    beyond = gap.exp() - gap - 1 > LOW_VAR_KL_MAX
+    return torch.where(beyond, current, ref), LOW_VAR_KL_MAX * (weights * beyond).sum()
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

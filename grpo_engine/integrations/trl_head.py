@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from grpo_engine.integrations.contract import Unsupported
+from grpo_engine.integrations.head import in_one_dtype
 from grpo_engine.kernels import LossMetrics, linear_grpo_loss, linear_logprobs
 
 OURS = {"log_probs", "entropy"}
@@ -71,10 +72,15 @@ class FusedRequest:
         """
         batch, width = self.scored.shape
         if compact:
-            if int(self.scored.sum()) != num_rows:
+            places = self.scored.flatten().nonzero().squeeze(1)  # the one host sync of all fields
+            if len(places) != num_rows:
                 raise Unsupported(f"TRL scores {num_rows} tokens, not those of completion_mask")
             ends = self.scored.sum(1).cumsum(0)
-            return lambda x: None if x is None else x[self.scored], functional.pad(ends, (1, 0))
+
+            def rows(x: Tensor | None) -> Tensor | None:
+                return None if x is None else x.flatten()[places]
+
+            return rows, functional.pad(ends, (1, 0))
         columns = num_rows // batch
         if columns * batch != num_rows or columns < width:
             raise Unsupported(f"TRL scores {num_rows} tokens of {batch} rows of {width} or more")
@@ -145,27 +151,19 @@ class LogProbFunction:
                 "DeepSpeed ZeRO-3 partitions the head again before our backward pass reads it; "
                 "use ZeRO-2, FSDP2, or TRL's own op (unpatch_trl())"
             )
-        device = hidden.device.type
-        dtype = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        )
-        head = (
-            hidden.to(dtype),
-            weight.to(dtype),
-            None if bias is None else bias.to(dtype),
-            targets,
-        )
+        hidden, weight, bias = in_one_dtype(hidden, weight, bias)
         options = {
             "temperature": float(temperature),
             "logit_softcap": final_logit_softcapping,
             "logit_scale": logit_scale,
         }
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):
             if _open is not None:
+                head = (hidden, weight, bias, targets)
                 return _open.make(head, _compacts(hidden), **options), *[None] * 4
             want_entropy = "entropy" in outputs
             found = linear_logprobs(
-                *head[:2], targets, bias=head[2], return_entropy=want_entropy, **options
+                hidden, weight, targets, bias=bias, return_entropy=want_entropy, **options
             )
         return (*found, None, None, None) if want_entropy else (found, *[None] * 4)
 

@@ -92,14 +92,13 @@ def one_pass(trainer: Any) -> bool:
     """Whether the loss can be made inside the model's forward pass.
 
     Not where a factor of it needs all log-probabilities or entropies first, and not where Python
-    side effects of that pass are lost (torch.compile) or run on several threads (DataParallel).
+    side effects of that pass are lost (torch.compile).
     """
     return not (
         trainer.off_policy_mask_threshold is not None
         or trainer.top_entropy_quantile < 1.0
         or trainer._entropy_bonus_enabled
         or trainer.args.torch_compile
-        or trainer.args.n_gpu > 1
     )
 
 

@@ -22,10 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from grpo_engine.integrations.contract import Unsupported, require
+from grpo_engine.integrations.head import in_one_dtype
 from grpo_engine.integrations.padded import padded_grpo_loss
 from grpo_engine.kernels import linear_logprobs
 
 LOSS_MODE = "grpo_engine"
+LOGPROBS_VARIABLE = "GRPO_ENGINE_VERL_LOGPROBS"
 OP = "linear_cross_entropy"
 MODULE = "FusedLinearForPPO"
 LOG_RATIO_MAX = 20.0  # verl's clamp of log-ratios, as the kernels'
@@ -79,6 +81,8 @@ def policy_loss(
     low = clip if config.clip_ratio_low is None else config.clip_ratio_low
     high = clip if config.clip_ratio_high is None else config.clip_ratio_high
     dual = config.get("clip_ratio_c", 3.0)
+    if dual < 1 + high:
+        raise Unsupported(f"clip_ratio_c={dual!r} must be >= 1 + clip_ratio_high = {1 + high:g}")
     loss_type, denominator = _aggregation(
         loss_agg_mode, response_mask, **dict(config.global_batch_info)
     )
@@ -171,11 +175,12 @@ def linear_cross_entropy(
     if dist_process_group is not None and dist_process_group.size() > 1:
         raise Unsupported(
             f"dist_process_group of {dist_process_group.size()} ranks: the head's vocabulary must "
-            "be whole on every rank; leave GRPO_ENGINE_VERL_LOGPROBS unset under tensor parallelism"
+            f"be whole on every rank; leave {LOGPROBS_VARIABLE} unset under tensor parallelism"
         )
+    hidden, weight, _ = in_one_dtype(hidden, weight)
     return linear_logprobs(
         hidden.reshape(-1, hidden.shape[-1]),
-        weight.to(hidden.dtype),
+        weight,
         labels.reshape(-1),
         temperature=float(temperature),
         return_entropy=True,

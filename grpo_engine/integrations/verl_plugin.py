@@ -6,11 +6,11 @@ verl logs a plug-in's error where nobody sees it (level DEBUG), so it is said he
 import os
 import warnings
 
-from grpo_engine.integrations.verl import patch_verl, register
+from grpo_engine.integrations.verl import LOGPROBS_VARIABLE, patch_verl, register
 
 try:
     register()
-    if os.environ.get("GRPO_ENGINE_VERL_LOGPROBS", "0") == "1":
+    if os.environ.get(LOGPROBS_VARIABLE, "0") == "1":
         patch_verl()
 except Exception as error:
     warnings.warn(f"grpo_engine is not registered with verl: {error}", stacklevel=1)
