@@ -184,6 +184,9 @@ class SamplerConfig(Settings):
     vllm_server_timeout: float = Field(
         240.0, gt=0, description="seconds to wait for the server to answer at the start"
     )
+    vllm_start_timeout: float = Field(
+        900.0, gt=0, description="seconds that the engine may take to start (colocate)"
+    )
     vllm_gpu_memory_utilization: float = Field(
         0.3, gt=0, le=1, description="share of a GPU's memory for the engine (colocate)"
     )
@@ -206,8 +209,8 @@ class SamplerConfig(Settings):
 
     def _engine_problems(self) -> Iterator[str]:
         server = ("vllm_server_base_url", "vllm_server_timeout")
-        ours = ("gpu_memory_utilization", "tensor_parallel_size", "max_model_length")
-        colocate = [f"vllm_{name}" for name in ours]
+        ours = ("start_timeout", "gpu_memory_utilization", "tensor_parallel_size")
+        colocate = [f"vllm_{name}" for name in (*ours, "max_model_length")]
         if self.generator == "hf":
             without = "generator 'vllm'"
             names = [*SamplerConfig.model_fields]
@@ -262,9 +265,27 @@ def load_yaml(path: str) -> dict[str, Any]:
     return _parse_yaml(text, f"--config {path}")
 
 
+class _EachOnce(yaml.SafeLoader):
+    """YAML's own rule, which PyYAML leaves out: a field that stands twice in one mapping is a
+    mistake, whose first value would be lost without a word. What ``<<`` brings in may be
+    overridden as ever: it is not in the mapping yet."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        seen = set()
+        for key in keys:
+            if (key.tag, key.value) in seen:
+                raise yaml.composer.ComposerError(
+                    None, None, f"{key.value} stands there twice", key.start_mark
+                )
+            seen.add((key.tag, key.value))
+        return node
+
+
 def _parse_yaml(text: str, where: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_EachOnce)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):

@@ -33,7 +33,7 @@ class FakeServer:
         self.dev_mode = dev_mode
         self.config = _config(dict(config))
         self.version, self.label, self.paused, self.active = "0.32.0", "default", False, False
-        self.asleep, self.received = False, None
+        self.asleep, self.received, self.precision = False, None, "highest"
         self.adapters = {}  # by name: the bytes of its file
         self.calls = []  # (path with query, body)
         self.at_once = self.most_at_once = 0
@@ -69,6 +69,7 @@ class FakeServer:
     def on_server_info(self, query, body):
         assert query == {"config_format": ["json"]}
         env = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": True}
+        env["VLLM_FLOAT32_MATMUL_PRECISION"] = self.precision
         return 200, {"vllm_config": self.config, "vllm_env": env}
 
     def on_init_weight_transfer_engine(self, query, body):
@@ -107,10 +108,16 @@ class FakeServer:
         if not self.active:
             return _error(500, "finish_weight_update called without a matching start")
         self.active = False
-        self.received.reply()
-        self.received.close()
-        self.label = body["weight_version"]
+        if self.received is not None:  # else nothing was loaded, and the old weights are back
+            self.received.reply()
+            self.received.close()
+            self.received = None
+        self.label = body.get("weight_version") or self.label
         return 200, {"message": "Weight update finished"}
+
+    def on_update_weight_version(self, query, body):
+        self.label = body["new_version"]
+        return 200, {"success": True, "new_version": self.label}
 
     def on_weight_info(self, query, body):
         return 200, {"weight_version": self.label}
@@ -136,7 +143,8 @@ class FakeServer:
         return 200, f"Success: LoRA adapter '{body['lora_name']}' added successfully."
 
     def on_v1_unload_lora_adapter(self, query, body):
-        del self.adapters[body["lora_name"]]
+        if self.adapters.pop(body["lora_name"], None) is None:
+            return _error(404, f"The lora adapter '{body['lora_name']}' cannot be found.")
         return 200, "Success"
 
 

@@ -8,9 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +30,7 @@ class RealServer:
 
     def __init__(self, url, process, log):
         self.url, self.process, self.log = url, process, log
+        self.shared: set[str] = set()  # files in /dev/shm that it had when it was told to end
 
     def post(self, path, fields=None):
         body = json.dumps(fields or {}).encode()
@@ -43,6 +46,33 @@ class RealServer:
             text = answer.read().decode()
         numbers = re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", text, re.M)
         return sum(map(float, numbers))
+
+    def kill(self):
+        """At once, as a machine without memory would; but for Python's resource trackers, which end
+        after the others and free what these had in /dev/shm."""
+        self.note_shared()
+        for pid in self.members():
+            with suppress(OSError):  # gone meanwhile
+                if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+
+    def note_shared(self):
+        for pid in self.members():
+            with suppress(OSError):
+                maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8")
+                self.shared |= set(re.findall(r"/dev/shm/\S+$", maps, re.M))
+
+    def members(self):
+        """Its processes that still run: all of its session."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with suppress(OSError):
+                    stat = (entry / "stat").read_text(encoding="utf-8", errors="replace")
+                    state, _, _, session = stat.rpartition(")")[2].split()[:4]
+                    if int(session) == self.process.pid and state != "Z":
+                        found.append(int(entry.name))
+        return found
 
     def connect(self, policy, options):
         options = replace(options, base_url=self.url, timeout_s=120, start_timeout_s=240)
@@ -70,13 +100,19 @@ def serve(policy, folder, **options):
             stderr=file,
             start_new_session=True,
         )
+    server = RealServer(options.url, process, log)
     try:
-        yield RealServer(options.url, process, log), options
+        yield server, options
     finally:
         if process.poll() is None:
+            server.note_shared()
             os.killpg(process.pid, signal.SIGTERM)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        server.kill()
+        process.wait()
+        stop_at = time.monotonic() + 20
+        while server.members() and time.monotonic() < stop_at:
+            time.sleep(0.05)
+    assert server.shared and not [name for name in server.shared if os.path.exists(name)]
+    assert not server.members()

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from fake_vllm_server import vllm_server
 from tiny_model import make_tiny_model
 
 from grpo_engine.cli import main
@@ -153,11 +154,13 @@ def test_samples_of_another_sampler_are_not_taken_over(verb, inputs, tmp_path, m
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_plan_names_another_sampler(verb, inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(model_module, "check_generator", lambda config, policy: None)
-    server = {"vllm_mode": "server", "vllm_server_base_url": "http://there:1"}
-    for changes, named in (({}, False), ({"generator": "vllm", **server}, True)):
-        assert run(verb, inputs, tmp_path / "run", "--dry-run", **changes) == 0
-        out = capsys.readouterr().out
-        assert ("sampler      vLLM server at http://there:1" in out) == named, out
+    with vllm_server() as fake:  # its version is among the inputs, so a dry run asks for it too
+        server = {"vllm_mode": "server", "vllm_server_base_url": fake.url}
+        for changes, named in (({}, False), ({"generator": "vllm", **server}, True)):
+            assert run(verb, inputs, tmp_path / "run", "--dry-run", **changes) == 0
+            out = capsys.readouterr().out
+            assert (f"sampler      vLLM server at {fake.url}" in out) == named, out
+        assert "/version" in fake.paths()
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -13,6 +13,7 @@ from grpo_engine.settings import (
     build_config,
     config_text,
     load_recipe,
+    load_yaml,
     recipe_names,
 )
 from grpo_engine.sft_config import DistillConfig, SFTConfig
@@ -147,6 +148,19 @@ def test_a_mistake_is_one_line_with_field_and_value(values, flags, message):
     with pytest.raises(UserError) as caught:
         build_config(values, Example, flags)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_a_field_that_stands_twice_is_named(tmp_path):
+    """PyYAML would take the last one."""
+    path = tmp_path / "twice.yaml"
+    path.write_text("seed: 1\ntable: {a: 1, b: 2, a: 3}\n")
+    with pytest.raises(UserError, match="not valid YAML: a stands there twice .*line 2, column 21"):
+        load_yaml(str(path))
+    # overriding what was merged is no mistake, in whatever order the mappings are made
+    path.write_text("x: {y: {z: &z {<<: &w {a: 1, b: 2}, a: 3}}}\nc: {<<: *z, a: 4}\nd: *w\n")
+    found = load_yaml(str(path))
+    assert found["x"]["y"]["z"] == {"a": 3, "b": 2}
+    assert (found["c"], found["d"]) == ({"a": 4, "b": 2}, {"a": 1, "b": 2})
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 nor a crash leaves anything behind. The parts that need no vLLM are in test_vllm_parts.py."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -314,6 +315,26 @@ def test_a_killed_engine_is_reported_with_its_log_and_leaves_nothing(policy, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("end", ["close", "kill"])
+def test_two_ranks_leave_nothing_in_shared_memory(policy, tmp_path, monkeypatch, end):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")
+    generator = make_generator(policy, tmp_path / "vllm.log", tensor_parallel_size=2)
+    generator.sync_weights(0)
+    session = generator.engine.worker.pid
+    maps = [Path(f"/proc/{pid}/maps").read_text(encoding="utf-8") for pid in members(session)]
+    shared = {Path(path) for text in maps for path in re.findall(r" (/dev/shm/\S+)$", text, re.M)}
+    kinds = {path.name[:4] for path in shared if path.exists()}
+    if end == "kill":
+        os.kill(session, signal.SIGKILL)
+        with pytest.raises(GeneratorError, match="SIGKILL"):
+            generator.generate(requests_of(2), SamplingParams(4))
+    generator.close()
+    assert kinds == {"psm_", "vllm"}  # queues, the ranks' own channel
+    assert not [path for path in shared if path.exists()]
+    assert none_left(session)
+
+
+@pytest.mark.slow
 def test_an_engine_without_progress_shows_where_it_stands(policy, tmp_path):
     generator = make_generator(policy, tmp_path / "vllm.log")
     generator.sync_weights(0)
@@ -325,7 +346,9 @@ def test_an_engine_without_progress_shows_where_it_stands(policy, tmp_path):
                 [GenerationRequest([10 + i % 90], i) for i in range(500)], SamplingParams(500)
             )
     text = str(caught.value)
-    assert text.startswith("the vLLM engine made no progress for 0.05 s in generate")
+    assert text.startswith(
+        "the vLLM engine made no progress for 0.05 s (generation_timeout) in generate"
+    )
     assert "/vllm" in text.partition("where it stood")[2].partition("the end of its log")[0]
     whole = (tmp_path / "vllm.log").read_text(encoding="utf-8")
     assert "vllm_worker.py" in whole.partition("Current thread")[2]

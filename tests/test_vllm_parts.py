@@ -10,7 +10,8 @@ import pytest
 import torch
 from tiny_model import make_tiny_model
 
-from grpo_engine.generation import vllm, vllm_worker
+from grpo_engine.config import build_config
+from grpo_engine.generation import build, vllm, vllm_worker
 from grpo_engine.generation.engine import ALL_LOGPROBS_VOCAB, support_width
 from grpo_engine.generation.vllm import VLLMGenerator, VLLMOptions, start_colocated
 from grpo_engine.policy import Policy
@@ -150,6 +151,33 @@ def test_missing_vllm_is_one_line_that_names_the_extra(policy, monkeypatch):
 def test_bad_options_are_named(field, value, message):
     with pytest.raises(UserError, match=message):
         VLLMOptions(**{field: value})
+
+
+SERVER = {"vllm_mode": "server", "vllm_server_base_url": "http://localhost:8000"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vllm_start_timeout": 0}, "--vllm_start_timeout 0: .*greater than 0"),
+        (SERVER, "vllm_start_timeout=7.0: has no meaning without vllm_mode 'colocate'"),
+        ({"generator": "hf"}, "vllm_start_timeout=7.0: has no meaning without generator 'vllm'"),
+    ],
+)
+def test_a_time_to_start_that_cannot_be_is_named(changes, words):
+    with pytest.raises(UserError, match=words):
+        build_config({"generator": "vllm", "vllm_start_timeout": 7, **changes})
+
+
+def test_the_time_to_start_reaches_the_engine(policy):
+    given = {"generator": "vllm", "vllm_start_timeout": 7, "generation_timeout": 70}
+    options = build._start(build_config(given), policy).args[1]
+    assert (options.start_timeout_s, options.timeout_s) == (7, 70)
+    assert build._start(build_config({"generator": "vllm"}), policy).args[1] == VLLMOptions(
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        log_path=options.log_path,
+    )
 
 
 def test_the_engine_gets_config_json_and_nothing_else(policy, tmp_path):

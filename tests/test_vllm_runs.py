@@ -189,9 +189,8 @@ def test_an_engine_that_is_killed_ends_the_run_and_leaves_nothing(inputs, tmp_pa
     child = start("grpo", *flags(inputs, tmp_path, max_steps=5000, save_steps=5000))
     try:
         wait_for_rows(tmp_path, 3, child)
-        engine = engines_of(tmp_path)
-        assert engine
-        os.kill(engine[0], signal.SIGKILL)
+        (engine,) = [pid for pid in engines_of(tmp_path) if os.getsid(pid) == pid]
+        os.kill(engine, signal.SIGKILL)
         out, err = child.communicate(timeout=120)
     finally:
         child.kill()
@@ -259,13 +258,14 @@ def test_a_server_of_ones_own_is_trained_with_and_missed_when_it_is_gone(inputs,
         assert all(row["sampling/kl"] < 1e-6 for row in (rows[0], rows[2]))
         manifest = json.loads((tmp_path / "whole" / "manifest.json").read_text())
         assert manifest["versions"]["vllm"] == vllm_version()
-        assert manifest["inputs"]["generator"]["source"] == server.url
+        sampler = manifest["inputs"]["generator"]
+        assert (sampler["source"], sampler["version"]) == (server.url, vllm_version())
 
         cut = tmp_path / "cut"
         child = start("grpo", *flags(inputs, cut, **given, max_steps=5000, save_steps=5000))
         try:
             wait_for_rows(cut, 3, child)
-            os.killpg(server.process.pid, signal.SIGKILL)
+            server.kill()
             out, err = child.communicate(timeout=120)
         finally:
             child.kill()

@@ -1,10 +1,9 @@
 """The user's own `vllm serve`, the real one, trained against over HTTP."""
 
-import os
 import re
-import signal
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -12,6 +11,8 @@ from real_vllm_server import serve
 
 from grpo_engine.generation.engine import WeightUpdate
 from grpo_engine.generation.hf import HFGenerator
+from grpo_engine.generation.server_check import GENERATE
+from grpo_engine.generation.server_http import Lost
 from grpo_engine.generation.shared_weights import PublishedWeights
 from grpo_engine.generation.vllm_server import ServerOptions, connect_server
 from grpo_engine.generation.weight_sync import WeightSync, checkpoint_weights
@@ -21,6 +22,7 @@ from grpo_engine.types import GenerationRequest, GeneratorError, SamplingParams,
 pytestmark = pytest.mark.vllm
 
 GREEDY = SamplingParams(24, top_k=1)
+SHORT = {"max_tokens": 4, "ignore_eos": True, "detokenize": False}
 PROMPTS = [[5, 6, 7], [40, 41, 42, 43, 44], [100], [7, 250, 9, 12], [21] * 150]
 
 
@@ -134,6 +136,45 @@ def test_an_update_that_was_broken_off_is_ended_by_the_next(server, engine, poli
     assert [d.completion_ids for d in drawn] == [e.completion_ids for e in expected]
 
 
+def others_draw(engine):
+    """What the server calls the weights that a request draws from which is none of ours."""
+    assert engine._service.call("/is_paused", seconds=60) == {"is_paused": False}
+    fields = {"token_ids": [5, 6, 7], "sampling_params": SHORT}
+    (drawn,) = engine._service.call(GENERATE, fields, seconds=60)["choices"]
+    assert len(drawn["token_ids"]) == 4
+    return engine._service.call("/weight_info", seconds=60)["weight_version"]
+
+
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    "path", ["/pause?mode=wait", "/start_weight_update", "/update_weights", "/finish_weight_update"]
+)
+def test_ctrl_c_in_an_update_leaves_a_server_that_draws(engine, policy, sync, monkeypatch, path):
+    """The server goes on with the call that its client has left."""
+    plain = engine._call
+
+    def left(called, fields=None, **options):
+        if called == path:
+            with suppress(Lost):
+                engine._service.call(called, fields, seconds=0.01)
+            raise Stop
+        return plain(called, fields, **options)
+
+    monkeypatch.setattr(engine, "_call", left)
+    with pytest.raises(Stop):
+        sync.sync(engine, 2)
+    monkeypatch.undo()
+    assert others_draw(engine).startswith("broken-off.")
+    move(policy, 0.05)
+    sync.sync(engine, 2)
+    drawn = engine.generate(requests(), GREEDY)
+    expected = HFGenerator(policy).generate(requests(), GREEDY)
+    assert [d.completion_ids for d in drawn] == [e.completion_ids for e in expected]
+
+
 @pytest.mark.parametrize(("version", "rows"), [(3, 0), (5, 120)])
 def test_weights_that_do_not_fit_are_refused_in_the_servers_words(
     engine, policy, sync, version, rows
@@ -149,6 +190,7 @@ def test_weights_that_do_not_fit_are_refused_in_the_servers_words(
             engine.update_weights(WeightUpdate(version, published.path))
     finally:
         published.close()
+    assert others_draw(engine).startswith("broken-off.")
     with pytest.raises(GeneratorError, match="no weights of this run have arrived whole"):
         engine.generate(requests(), GREEDY)
     sync.sync(engine, version + 1)
@@ -200,7 +242,7 @@ def test_a_server_that_is_killed_while_it_samples_ends_the_run(server, engine):
     deadline = time.monotonic() + 30
     while not server.running() and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.killpg(server.process.pid, signal.SIGKILL)
+    server.kill()
     thread.join(30)
     assert not thread.is_alive()
     assert re.search(r"failed after \d+ of 40 completions: .*does not answer either", raised[0])

@@ -13,6 +13,11 @@ from grpo_engine.types import GenerationRequest, SamplingParams
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
+def names_of(engine):
+    """Of the models that the server serves."""
+    return [model["id"] for model in engine._service.call("/v1/models", seconds=60)["data"]]
+
+
 def test_each_sync_replaces_the_adapter_that_the_server_samples_with(tmp_path):
     policy = Policy.load("miniature", device="cpu", lora=LoraOptions(8))
     requests = [GenerationRequest([5 + i, 40, 7], i) for i in range(6)]
@@ -29,5 +34,8 @@ def test_each_sync_replaces_the_adapter_that_the_server_samples_with(tmp_path):
             with torch.no_grad():
                 for weight in policy.weights().values():
                     weight += 0.05 * torch.randn(weight.shape)
+        base, adapter = names_of(engine)
+        assert "grpo-engine-2" in adapter
         engine.close()
+        assert names_of(engine) == [base]
     assert seen[0] != seen[1] != seen[2]

@@ -2,6 +2,7 @@
 of it, what ends a run and in which words, and that nothing waits for ever. How it is connected to:
 test_vllm_server_check.py; a real one: test_vllm_serve.py."""
 
+import os
 import signal
 import threading
 import time
@@ -27,6 +28,24 @@ UPDATE = [
 
 
 SAMPLING = SamplingParams(5, temperature=0.7, top_p=0.9, top_k=8)
+
+
+class Stop(BaseException):
+    pass
+
+
+@pytest.fixture
+def ctrl_c():
+    """``after(seconds)``: the handler raises in the main thread, as ``Interrupt.abortable`` has
+    it."""
+
+    def stop(*_):
+        raise Stop
+
+    before = signal.signal(signal.SIGALRM, stop)
+    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
 
 
 # -- drawing -------------------------------------------------------------------------------------
@@ -239,26 +258,16 @@ def test_an_exception_of_on_batch_takes_the_other_requests_back():
         assert broken_off.wait(10), "the server goes on for nobody"
 
 
-def test_a_signal_leaves_a_hanging_server_at_once():
-    class Stop(Exception):
-        pass
-
-    def stop(*_):
-        raise Stop
-
+def test_a_signal_leaves_a_hanging_server_at_once(ctrl_c):
     def draw(fake, body):
         yield "hang"
 
     with vllm_server(draw=draw) as fake:
         engine = ready(fake, timeout_s=60)
-        before = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
         started = time.monotonic()
-        try:
-            with pytest.raises(Stop):
-                engine.generate(requests(2), SAMPLING)
-        finally:
-            signal.signal(signal.SIGALRM, before)
+        ctrl_c(0.3)
+        with pytest.raises(Stop):
+            engine.generate(requests(2), SAMPLING)
         assert time.monotonic() - started < 5
 
 
@@ -337,12 +346,43 @@ def test_an_update_that_fails_anywhere_leaves_an_engine_that_draws_nothing(path,
             load(engine, version=1)
         if isinstance(fault, tuple):
             assert "HTTP 500: shape mismatch in lm_head" in str(caught.value)
-        assert ("paused" in str(caught.value)) == fake.paused
+        # other people's requests go on, and are told what draws them
+        assert "It runs" in str(caught.value) and not fake.paused and not fake.active
+        assert fake.label.partition(".")[0] == ("1" if path == "/weight_info" else "broken-off")
         with pytest.raises(GeneratorError, match="no weights of this run"):
             engine.generate(requests(1), SAMPLING)
         load(engine, version=2)  # the next one is whole again
         engine.generate(requests(1), SAMPLING)
         assert not fake.paused
+
+
+@pytest.mark.parametrize("path", ["/pause", "/start_weight_update", "/update_weights", "/resume"])
+def test_ctrl_c_in_an_update_leaves_a_server_that_goes_on(ctrl_c, path):
+    with vllm_server() as fake:
+        engine = ready(fake, timeout_s=60)
+        fake.faults[path] = ["hang"]
+        started = time.monotonic()
+        ctrl_c(0.3)
+        with pytest.raises(Stop):
+            load(engine, version=1)
+        assert time.monotonic() - started < 10
+        assert not fake.paused and not fake.active and fake.label.startswith("broken-off.")
+        load(engine, version=2)
+        engine.generate(requests(1), SAMPLING)
+
+
+def test_nothing_overtakes_a_load_that_a_server_does_not_answer_for(ctrl_c, monkeypatch):
+    """It would draw from layers that have no weights yet."""
+    monkeypatch.setattr("grpo_engine.generation.vllm_server.ORDER_SECONDS", 0.5)
+    with vllm_server() as fake:
+        engine = ready(fake, timeout_s=60)
+        fake.faults = {"/update_weights": ["hang"], "/finish_weight_update": ["hang"]}
+        started = time.monotonic()
+        ctrl_c(0.3)
+        with pytest.raises(Stop):
+            load(engine, version=1)
+        assert time.monotonic() - started < 5
+        assert fake.paths()[-1] == "/finish_weight_update" and fake.paused
 
 
 @pytest.mark.parametrize(
@@ -395,6 +435,39 @@ def test_an_adapter_is_loaded_under_a_new_name_each_time():
         assert len(names) == len(set(names)) == 2
         assert torch.full((4,), 2.0).numpy().tobytes() in fake.adapters[names[1]]
         engine.close()
+        assert fake.adapters == {}
+        engine.close()
+        assert fake.paths().count("/v1/unload_lora_adapter") == 2
+
+
+@pytest.mark.parametrize("fault", [(500, "no room"), "drop"])
+def test_an_adapter_that_did_not_arrive_is_not_left_there(fault):
+    config = {"lora_config": {"max_lora_rank": 8}}
+    sent = {"tensors": {"lora_A": torch.ones(2, 2)}, "adapter_config": '{"r": 8}'}
+    with vllm_server(config=config) as fake:
+        engine = ready(fake, lora_rank=8)
+        fake.faults["/v1/load_lora_adapter"] = [fault]
+        with pytest.raises(GeneratorError, match="did not take the weights of version 1"):
+            load(engine, 1, **sent)
+        tried = fake.bodies("/v1/load_lora_adapter")[-1]
+        assert fake.bodies("/v1/unload_lora_adapter") == [{"lora_name": tried["lora_name"]}]
+        assert not os.path.exists(tried["lora_path"])
+        load(engine, 2, **sent)
+        assert len(fake.adapters) == 1
+
+
+def test_the_end_does_not_wait_for_a_server_that_hangs_or_is_gone(monkeypatch):
+    monkeypatch.setattr("grpo_engine.generation.vllm_server.ORDER_SECONDS", 0.5)
+    config = {"lora_config": {"max_lora_rank": 8}}
+    for fault in ("hang", "drop"):
+        with vllm_server(config=config) as fake:
+            engine = ready(fake, lora_rank=8)
+            load(engine, 1, {"lora_A": torch.ones(2, 2)}, adapter_config='{"r": 8}')
+            folder = fake.bodies("/v1/load_lora_adapter")[-1]["lora_path"]
+            fake.faults["/v1/unload_lora_adapter"] = [fault]
+            started = time.monotonic()
+            engine.close()
+            assert time.monotonic() - started < 3 and not os.path.exists(folder)
 
 
 def test_sleep_and_wake_are_asked_for_only_where_they_were_wanted():
@@ -407,6 +480,10 @@ def test_sleep_and_wake_are_asked_for_only_where_they_were_wanted():
         engine.sleep()
         engine.wake()
         assert fake.paths()[-2:] == ["/sleep?level=1&mode=wait", "/wake_up"]
+        engine.sleep()
+        engine.close()
+        assert not fake.asleep, "other people's requests would wait for ever"
+        engine = ready(fake, enable_sleep=True)
         engine.sleep()
         fake.faults["/wake_up"] = [(500, "out of memory")]
         with pytest.raises(GeneratorError, match="/wake_up: HTTP 500: out of memory"):

@@ -3,10 +3,13 @@ is named, with the command line that has them all."""
 
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from fake_vllm_server import GENERATE, KEY, connected, load, policy, ready, requests, vllm_server
 
+from grpo_engine.generation.build import check_generator, generator_inputs
 from grpo_engine.generation.vllm_server import ServerOptions, connect_server
 from grpo_engine.types import SamplingParams, UserError
 
@@ -105,6 +108,55 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(monkeypatch):
         assert "wrong-one" not in str(caught.value)
         monkeypatch.setenv("VLLM_API_KEY", KEY)
         assert len(ready(fake).generate(requests(2), SAMPLING)) == 2
+
+
+def settings(url, **changes):
+    """What ``generation.build`` reads of a configuration."""
+    given = {"generator": "vllm", "vllm_mode": "server", "vllm_server_base_url": url}
+    given |= {"vllm_server_timeout": 5.0, "generation_timeout": 5.0, "temperature": 1.0}
+    given |= {"vllm_max_model_length": 64, "vllm_enable_sleep_mode": False}
+    return SimpleNamespace(**given | changes)
+
+
+def test_another_version_of_the_server_makes_other_samples(capsys):
+    with vllm_server(faults={"/health": ["drop"]}) as fake:
+        config = settings(fake.url)
+        check_generator(config, policy())
+        before = {"engine": "vllm", "mode": "server", "version": "0.32.0", "source": fake.url}
+        assert generator_inputs(config) == before
+        assert f"waiting for the vLLM server at {fake.url}, 5 s" in capsys.readouterr().err
+        fake.version = "0.33.1"
+        assert generator_inputs(config) == before  # of one run
+        check_generator(config, policy())  # the next one in this process
+        assert generator_inputs(config) == before | {"version": "0.33.1"}
+    assert generator_inputs(config)["version"] == "0.33.1"  # it died, the run says what it was
+
+
+def test_inputs_without_a_server_are_no_inputs():
+    with vllm_server() as fake:
+        url = fake.url
+    config = settings(url, vllm_server_timeout=0.3)
+    check_generator(config, policy())
+    with pytest.raises(UserError, match=r"no answer within vllm_server_timeout=0\.3 s"):
+        generator_inputs(config)
+    odd = {"/version": {"detail": "odd"}}
+    with vllm_server(answers=odd) as fake, pytest.raises(UserError, match="not understood.*vers"):
+        generator_inputs(settings(fake.url))
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "expected"),
+    [
+        ("cpu", "highest", torch.float32),
+        ("cpu", "HIGH", torch.float16),
+        ("cpu", "medium", torch.bfloat16),
+        ("cuda", "highest", torch.float16),  # TF32, in its attention
+    ],
+)
+def test_what_its_fp32_products_are_rounded_to(device, precision, expected):
+    with vllm_server(config={"device_config": {"device": device}}) as fake:
+        fake.precision = precision
+        assert connected(fake).fp32_products == expected
 
 
 def test_a_server_that_is_not_there_is_waited_for_as_long_as_was_said():

@@ -2,10 +2,20 @@
 are caught."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from grpo_engine.generation import vllm_transfer, weight_sync
 from grpo_engine.generation.canary import LIMITS
@@ -40,6 +50,7 @@ class InProcess:
     """vLLM in this process, as an Engine; the worker process of test_vllm.py is left out."""
 
     max_model_len = SIZES["max_position_embeddings"]
+    fp32_products = torch.float32
     notes = ()
 
     def __init__(self, policy, folder, **options):
@@ -314,11 +325,50 @@ def test_a_bf16_engine_beside_fp32_weights(half, monkeypatch):
     for version in range(6):
         seen = sync.sync(engine, version)
         assert seen["sync/logp_difference_mean"] < LIMITS[torch.bfloat16] / 2
+        assert seen["sync/bytes"] < 2.1 * sum(p.numel() for p in policy.weights().values())
         train(policy, 1e-6, seed=version)
     train(policy, 0.02)
     skip_the_load(monkeypatch, engine)
     with pytest.raises(GeneratorError, match=OLDER):
         sync.sync(engine, 6)
+
+
+def test_what_the_engine_keeps_in_fp32_reaches_it_unrounded(tmp_path):
+    """In a process of its own: vLLM makes room for experts with the first model of a process."""
+    code = "import sys, test_vllm_sync; test_vllm_sync.sync_a_router(sys.argv[1])"
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def sync_a_router(folder):
+    """That of GLM-4, in a bf16 engine beside fp32 weights."""
+    torch.manual_seed(0)
+    experts = dict(n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1)
+    model = Glm4MoeForCausalLM(
+        Glm4MoeConfig(**SIZES, **experts, moe_intermediate_size=64, head_dim=32)
+    )
+    model.config.architectures, model.config.dtype = ["Glm4MoeForCausalLM"], torch.float32
+    bias = model.model.layers[1].mlp.gate.e_score_correction_bias
+    bias.copy_(torch.randn(4))
+    policy = Policy(model)
+    engine, sync = InProcess(policy, folder, dtype=torch.bfloat16), WeightSync(policy)
+    for version in range(2):
+        seen = sync.sync(engine, version)
+        (there,) = engine.llm.apply_model(bias_of)
+        assert there.dtype == torch.float32 and torch.equal(there, bias)
+        bias.mul_(1.01)
+    assert not torch.equal(bias, bias.bfloat16())  # or it shows nothing
+    assert seen["sync/bytes"] >= sum(4 * p.numel() for p in model.parameters())
+
+
+def bias_of(model):
+    return model.model.layers[1].mlp.gate.e_score_correction_bias.detach().clone()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_model import make_tiny_model
 
-from grpo_engine.generation.canary import LIMITS, Canary
+from grpo_engine.generation.canary import LIMITS, Canary, trainer_products
 from grpo_engine.generation.engine import LoadedWeights
 from grpo_engine.generation.hf import HFGenerator
 from grpo_engine.generation.shared_weights import (
@@ -42,6 +42,8 @@ class CopyEngine:
             for parameter in self.policy.model.parameters():
                 parameter.zero_()
         self.dtype, self.max_model_len, self.fault = dtype, max_model_len, None
+        self.fp32_products = torch.float32
+        self.finest = self.seen = None
         self.generator = HFGenerator(self.policy)
 
     def generate(self, requests, sampling, *, on_batch=None):
@@ -51,6 +53,7 @@ class CopyEngine:
     def update_weights(self, update):
         received = ReceivedWeights(update.memory, update.version)
         ours = dict(self.policy.model.named_parameters())
+        self.seen = {place.name: place.dtype for place in received.places}
         for name, tensor in received:
             if self.fault == "corrupted" and name.endswith("layers.1.mlp.up_proj.weight"):
                 tensor = tensor.clone()
@@ -65,7 +68,7 @@ class CopyEngine:
             if self.fault != "skipped":
                 ours[name].copy_(tensor)
         if self.fault != "no reply":
-            received.reply(0, 2 if self.fault == "one rank of two" else 1)
+            received.reply(0, 2 if self.fault == "one rank of two" else 1, self.finest)
         received.close()
         version = update.version - 1 if self.fault == "wrong version" else update.version
         return LoadedWeights(version)
@@ -323,13 +326,74 @@ def test_a_tensor_that_was_read_but_not_loaded_is_seen_by_the_canary(lively):
 
 def test_the_limit_follows_the_coarsest_dtype_of_the_two_sides(lively):
     engine, sync = CopyEngine(lively, torch.bfloat16), WeightSync(lively)
-    assert sync.canary._precision(engine) == torch.bfloat16
+    assert sync.canary._precision(engine) == (torch.bfloat16, "bfloat16")
     engine.dtype = torch.float32
-    assert sync.canary._precision(engine) == torch.float32
+    assert sync.canary._precision(engine) == (torch.float32, "float32")
     with torch.autocast("cpu", torch.bfloat16):
-        assert sync.canary._precision(engine) == torch.bfloat16
+        assert sync.canary._precision(engine) == (torch.bfloat16, "bfloat16")
         seen = sync.sync(CopyEngine(lively), 0)["sync/logp_difference_mean"]
     assert 1e-4 < seen < LIMITS[torch.bfloat16]  # the trainer rounds, the engine does not
+
+
+@pytest.fixture
+def products():
+    """Sets torch's precision of fp32 products; puts it back."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for settings in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        settings.fp32_precision = "none"
+    assert torch.backends.cuda.matmul.allow_tf32 is False
+
+
+def by_the_older_name():
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def for_all_at_once():
+    torch.backends.fp32_precision = "tf32"
+
+
+@pytest.mark.parametrize(
+    ("allow", "on_cuda", "on_cpu"),
+    [
+        (lambda: None, torch.float32, torch.float32),
+        (by_the_older_name, torch.float16, torch.float32),
+        (for_all_at_once, torch.float16, torch.float16),
+        (lambda: torch.set_float32_matmul_precision("high"), torch.float16, torch.float16),
+        (lambda: torch.set_float32_matmul_precision("medium"), torch.float16, torch.bfloat16),
+    ],
+)
+def test_the_products_of_the_trainer_are_known_by_torchs_settings(products, allow, on_cuda, on_cpu):
+    allow()
+    assert (trainer_products("cuda"), trainer_products("cpu")) == (on_cuda, on_cpu)
+
+
+@pytest.mark.parametrize("side", [None, "trainer", "engine"])
+def test_tf32_on_either_side_is_no_other_weights(lively, products, side):
+    """Differences of 0.01, as rounded factors may make them."""
+    engine, sync = CopyEngine(lively), WeightSync(lively)
+    generate = engine.generate
+
+    def off(requests, sampling, *, on_batch=None):
+        drawn = generate(requests, sampling)
+        for number, one in enumerate(drawn):
+            one.sampler_logprobs[:] = [x + 0.01 * (-1) ** number for x in one.sampler_logprobs]
+        return drawn
+
+    engine.generate = off
+    if side == "trainer":
+        torch.backends.mkldnn.matmul.fp32_precision = "tf32"
+    if side == "engine":
+        engine.fp32_products = torch.float16
+    if side:
+        assert 0.005 < sync.sync(engine, 0)["sync/logp_difference_mean"] < 0.015
+        engine.fault = "skipped"
+        train(lively, 0.2)
+        words = "still samples from an older one|limit 0.04 in TF32"
+    else:
+        words = "limit 0.001 in float32"
+    with pytest.raises(GeneratorError, match=words):
+        sync.sync(engine, 1)
 
 
 @pytest.mark.parametrize("version", [0, 1])
@@ -348,6 +412,20 @@ def test_an_engine_that_answers_nan_is_found(lively, version):
     engine.generate = nan
     with pytest.raises(GeneratorError, match="differ from the trainer's by nan"):
         sync.sync(engine, version)
+
+
+@pytest.mark.parametrize("finest", [None, torch.bfloat16, torch.float32])
+def test_weights_are_rounded_only_for_an_engine_that_rounds_all_of_them(lively, finest):
+    """One that keeps a norm in fp32, say, is sent what the trainer has, from the first sync on."""
+    engine, sync = CopyEngine(lively, torch.bfloat16), WeightSync(lively)
+    engine.finest, wide = finest, finest == torch.float32
+    first, second = sync.sync(engine, 0)["sync/bytes"], sync.sync(engine, 1)["sync/bytes"]
+    assert set(engine.seen.values()) == {"float32" if wide else "bfloat16"}
+    assert first == pytest.approx(1.5 * second if wide else second, rel=0.01)
+    sync.close()
+    engine.finest = torch.bfloat16  # another engine
+    sync.sync(engine, 2)
+    assert set(engine.seen.values()) == {"bfloat16"}
 
 
 def test_nothing_of_a_sync_stays_open(lively):

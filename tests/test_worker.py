@@ -1,6 +1,7 @@
 """The process an engine lives in: whatever happens to it or to us, one clear error and no process
 left."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -32,6 +33,17 @@ def ends(pid: int, within_s: float = 20.0) -> bool:
     while is_running(pid) and time.monotonic() < stop_at:
         time.sleep(0.05)
     return not is_running(pid)
+
+
+def members(session: int) -> list[int]:
+    """The processes of a session that still run."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # gone meanwhile
+                if os.getsid(int(entry.name)) == session and is_running(int(entry.name)):
+                    found.append(int(entry.name))
+    return found
 
 
 @pytest.fixture
@@ -92,6 +104,18 @@ def test_one_that_hangs_shows_where(worker, method, function):
     assert ends(worker.pid)
 
 
+def test_the_setting_behind_a_deadline_is_named(worker):
+    words = r"made no progress for 0\.5 s \(generation_timeout\) in stand_still"
+    with pytest.raises(GeneratorError, match=words):
+        worker.call("stand_still", timeout_s=0.5, timeout_name="generation_timeout")
+
+
+def test_one_that_closes_its_connection_is_ended_and_not_called_out_of_memory(worker):
+    with pytest.raises(GeneratorError, match="during hang_up: it closed its connection, and was"):
+        worker.call("hang_up", timeout_s=START_S)
+    assert ends(worker.pid)
+
+
 def test_the_deadline_is_for_progress_not_for_the_call(worker):
     assert worker.call("count", (8, 0.4), timeout_s=2.0) == 8
 
@@ -105,12 +129,24 @@ def test_close_leaves_no_process(worker):
         worker.call("double", 1, timeout_s=START_S)
 
 
-def test_close_lets_what_it_started_clean_up(worker):
-    """Python's resource tracker, a process of its own, frees shared memory after its owner."""
+@pytest.mark.parametrize("end", [None, "fail", "die", "kill", "stand_still", "hold_the_lock"])
+def test_shared_memory_goes_with_it_however_it_ends(worker, end):
+    """Python's resource tracker, a process of its own, frees it after its owner."""
     memory = Path("/dev/shm") / worker.call("share", timeout_s=START_S)
     assert memory.exists()
-    worker.close()
+    if end is None:
+        worker.close()
+    else:
+        with pytest.raises(GeneratorError):
+            worker.call(end, timeout_s=1.0)
     assert not memory.exists()
+    assert not members(worker.pid)  # the tracker is gone too
+
+
+def test_a_process_that_ignores_the_signal_is_killed_all_the_same(worker):
+    stubborn = worker.call("stubborn_child", timeout_s=START_S)
+    worker.close()
+    assert ends(worker.pid) and ends(stubborn)
 
 
 @pytest.mark.parametrize(
@@ -129,17 +165,25 @@ def test_close_from_another_thread_ends_the_call(worker, method, argument, wait_
 
 
 @pytest.mark.parametrize("method", ["stand_still", "hold_the_lock"])
-def test_a_killed_parent_leaves_no_process(method):
+def test_a_killed_parent_leaves_no_process_and_no_shared_memory(method, tmp_path):
     path = os.pathsep.join([str(Path(TOY).parent), *filter(None, sys.path)])
     environment = {**os.environ, "PYTHONPATH": path}
     with subprocess.Popen(
-        [sys.executable, TOY, method], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, TOY, method, str(tmp_path / "log")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     ) as parent:
-        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        *pids, name = parent.stdout.readline().split()
+        pids, memory = list(map(int, pids)), Path("/dev/shm") / name
         time.sleep(0.5)
-        assert len(pids) == 2 and all(is_running(pid) for pid in pids)
+        assert len(pids) == 2 and all(is_running(pid) for pid in pids) and memory.exists()
         parent.kill()
     assert all(ends(pid) for pid in pids)
+    stop_at = time.monotonic() + 20
+    while (memory.exists() or members(pids[0])) and time.monotonic() < stop_at:
+        time.sleep(0.05)
+    assert not memory.exists() and not members(pids[0])
 
 
 class Stop(BaseException):

@@ -2,10 +2,12 @@
 
 import ctypes
 import os
+import socket
 import subprocess
 import sys
 import time
 from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 
 from grpo_engine.types import UserError
 
@@ -58,6 +60,19 @@ class Toy:
         """A grandchild that would outlive us; its id."""
         return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid
 
+    def stubborn_child(self, call, argument):
+        """One that ignores the signal that ends the others; its id, once it does."""
+        code = "import signal, time; signal.signal(signal.SIGIO, signal.SIG_IGN); print(flush=True)"
+        child = subprocess.Popen(
+            [sys.executable, "-c", f"{code}; time.sleep(600)"], stdout=subprocess.PIPE
+        )
+        child.stdout.readline()
+        return child.pid
+
+    def hang_up(self, call, argument):
+        call._channel.shutdown(socket.SHUT_RDWR)
+        time.sleep(600)
+
     def share(self, call, argument):
         """Shared memory that nobody frees; its name."""
         self.memory = SharedMemory(create=True, size=16)
@@ -65,12 +80,15 @@ class Toy:
 
 
 def main() -> None:
-    """A parent: starts a worker with a child of its own, prints both ids, waits to be killed."""
+    """A parent: starts a worker that has a child and shared memory, prints the two ids and the
+    memory's name, waits to be killed."""
     from grpo_engine.generation.worker import WorkerProcess
 
-    worker = WorkerProcess("toy_worker:Toy", name="the toy")
-    print(worker.pid, worker.call("child", timeout_s=60), flush=True)
-    worker.call(sys.argv[1], timeout_s=600)
+    method, log = sys.argv[1:]
+    worker = WorkerProcess("toy_worker:Toy", name="the toy", log_path=Path(log))
+    started = worker.call("child", timeout_s=60), worker.call("share", timeout_s=60)
+    print(worker.pid, *started, flush=True)
+    worker.call(method, timeout_s=600)
 
 
 if __name__ == "__main__":

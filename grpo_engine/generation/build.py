@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ LOG_FILE = "vllm.log"  # what an engine of ours says, in the run's folder
 
 def check_generator(config: Any, policy: Policy) -> None:
     """UserError for what ``open_generator`` could not serve. Starts nothing."""
+    _server_version.cache_clear()  # of an earlier run in this process
     if config.generator == "hf":
         _hf_generator(config, policy)
         return
@@ -50,11 +51,13 @@ def open_generator(config: Any, policy: Policy) -> Iterator[Generator]:
 
 def generator_inputs(config: Any) -> dict[str, Any]:
     """What the tokens depend on beside weights, prompt, seed and sampling: nothing with the model's
-    own sampler."""
+    own sampler. Of a server that means asking it; raises UserError where it does not answer."""
     if config.generator == "hf":
         return {}
     if config.vllm_mode == "server":
-        return {"engine": "vllm", "mode": "server", "source": config.vllm_server_base_url}
+        url = config.vllm_server_base_url
+        version = _server_version(url, config.vllm_server_timeout)
+        return {"engine": "vllm", "mode": "server", "version": version, "source": url}
     return {"engine": "vllm", "mode": "colocate", "version": vllm_version()}
 
 
@@ -65,6 +68,13 @@ def sampler_words(config: Any) -> str:
     if config.vllm_mode == "server":
         return f"vLLM server at {config.vllm_server_base_url}"
     return f"vLLM {vllm_version()}, in a process of its own"
+
+
+@cache  # a run says once more what it came from when its server may be dead
+def _server_version(url: str, wait_s: float) -> str:
+    from grpo_engine.generation.server_check import version_of
+
+    return version_of(url, wait_s)
 
 
 def longest_sequence(config: Any, policy: Policy) -> int:
@@ -138,6 +148,7 @@ def _start(config: Any, policy: Policy) -> Callable[[], Engine]:
     from grpo_engine.generation.vllm import VLLMOptions, start_colocated
 
     options = VLLMOptions(
+        start_timeout_s=config.vllm_start_timeout,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
         tensor_parallel_size=config.vllm_tensor_parallel_size,
         max_num_seqs=config.generation_batch_size,

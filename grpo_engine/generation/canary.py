@@ -9,7 +9,11 @@ tokens itself. Two verdicts, which do not cry wolf:
 * **They differ**: the mean absolute difference passes the limit of the dtype (``LIMITS``). Measured
   between vLLM on a CPU and the trainer: 1e-6 (miniature) to 1e-5 (SmolLM2-135M) in fp32; 0.01 and
   0.05 in bf16, where vLLM rounds the logits themselves, to 1/8 between 16 and 32. The limits leave
-  room for larger logits, and for TF32; a wrong tensor makes differences of the order of 1.
+  room for larger logits; a wrong tensor makes differences of the order of 1. TF32 (its rounding
+  imitated on a CPU) moves the log-probs by 4e-4 (miniature) to 4e-3 (SmolLM2-135M), in attention
+  alone by 1e-3: where fp32 products may be computed in it the limit is that of fp16, which has as
+  many bits. The trainer's own products are known by torch's settings; of the engine's only what
+  vLLM says (``engine.fp32_products``), which on a GPU is never full fp32.
 * **Stale**: small updates move log-probs less than such a limit. So the engine's *movement* since
   an earlier version (the anchor) is compared with the trainer's, over the tokens that were drawn
   both times: slope = <e - e0, t - t0> / |t - t0|^2, 1 for an engine that follows, 0 for one that
@@ -88,7 +92,7 @@ class Canary:
         """
         reading = self._read(engine, version)
         self.last = reading
-        dtype = self._precision(engine)
+        dtype, precision = self._precision(engine)
         limit = LIMITS[dtype]
         if reading.differences.isfinite().all():
             self._require_moved(reading, limit)
@@ -98,8 +102,8 @@ class Canary:
             raise GeneratorError(
                 f"weights: after version {version} was loaded, the engine's log-probs of "
                 f"{len(reading.engine)} fixed tokens differ from the trainer's by {mean:.3g} on "
-                f"average (largest {largest:.3g}, limit {limit:g} in {str(dtype)[6:]}): it does "
-                "not sample from the trainer's weights"
+                f"average (largest {largest:.3g}, limit {limit:g} in {precision}): it does not "
+                "sample from the trainer's weights"
             )
         return {"sync/logp_difference_mean": mean, "sync/logp_difference_max": largest}
 
@@ -186,13 +190,29 @@ class Canary:
                 logit_scale=head.logit_scale,
             )
 
-    def _precision(self, engine: Engine) -> torch.dtype:
-        """The coarsest dtype that either side computes in."""
+    def _precision(self, engine: Engine) -> tuple[torch.dtype, str]:
+        """The coarsest dtype that either side computes in, by its limit, and its name."""
         device = self.policy.device.type
-        found = {self.policy.dtype, engine.dtype}
+        dtypes = {self.policy.dtype, engine.dtype}
         if torch.is_autocast_enabled(device):
-            found.add(torch.get_autocast_dtype(device))
-        return max(found, key=lambda dtype: LIMITS.get(dtype, 0.0))
+            dtypes.add(torch.get_autocast_dtype(device))
+        found = max(dtypes, key=_coarseness)
+        if found != torch.float32:
+            return found, str(found)[6:]
+        found = max(trainer_products(device), engine.fp32_products, key=_coarseness)
+        return found, {torch.float32: "float32", torch.float16: "TF32"}.get(found, "bf16 products")
+
+
+def _coarseness(dtype: torch.dtype) -> float:
+    return LIMITS.get(dtype, 0.0)
+
+
+def trainer_products(device: str) -> torch.dtype:
+    """What torch rounds the factors of fp32 matrix products to on ``device``; float16 stands for
+    TF32. ``set_float32_matmul_precision`` and ``allow_tf32`` set the same."""
+    backend = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
+    rounded = {"tf32": torch.float16, "bf16": torch.bfloat16}
+    return rounded.get(backend.matmul.fp32_precision, torch.float32)
 
 
 def _rms(x: Tensor) -> float:

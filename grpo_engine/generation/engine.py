@@ -20,6 +20,8 @@ INSTALL = (
     "pip uninstall -y torchvision torchaudio torchcodec, which its torch cannot load)"
 )
 SUPPORT_MASS = 1e-3  # by which the probabilities of a support may miss 1
+# By VLLM_FLOAT32_MATMUL_PRECISION, which vLLM hands on to torch.
+FP32_PRODUCTS = {"highest": torch.float32, "high": torch.float16, "medium": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Engine(Protocol):
     """Raises GeneratorError from any of its methods where it died, hangs or refuses."""
 
     dtype: torch.dtype  # that it computes in
+    fp32_products: torch.dtype  # to which it rounds the factors of fp32 products, at the coarsest
     max_model_len: int  # most tokens of a prompt and its completion together
     notes: Sequence[str]  # what was asked for and this engine does without, a sentence each
 
@@ -75,6 +78,14 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free everything; every other method raises afterwards."""
         ...
+
+
+def fp32_products(precision: str, *, on_cpu: bool) -> torch.dtype:
+    """What vLLM rounds the factors of fp32 matrix products to, as far as can be known: which of its
+    kernels heed ``precision``, its VLLM_FLOAT32_MATMUL_PRECISION, it does not say. On a GPU those
+    of its attention (0.32) multiply in TF32, Triton's default, in any case. float16 stands for
+    TF32, which has as many bits."""
+    return FP32_PRODUCTS[precision.lower()] if on_cpu else torch.float16
 
 
 def support_width(sampling: SamplingParams, vocab_size: int) -> int:

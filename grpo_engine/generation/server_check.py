@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 import time
 import urllib.parse
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from grpo_engine.endpoints import checked_url
+from grpo_engine.endpoints import api_key, checked_url
+from grpo_engine.generation.engine import fp32_products
 from grpo_engine.generation.server_http import Lost, Refused, Service
 from grpo_engine.generation.vllm_transfer import BACKEND
 from grpo_engine.policy import Policy
@@ -66,6 +69,7 @@ class ServerFacts:
 
     vllm_version: str
     dtype: torch.dtype
+    fp32_products: torch.dtype  # see ``Engine``
     max_model_len: int
     seats: int  # sequences that it samples at once
     max_logprobs: int  # of one token; -1 = the vocabulary
@@ -100,21 +104,43 @@ def serve_command(policy: Policy, options: ServerOptions, max_logprobs: int = 0)
 def check_server(service: Service, policy: Policy, options: ServerOptions) -> ServerFacts:
     """Wait until the server answers, and see that it can be trained against. Raises UserError."""
     _wait_until_up(service, options.start_timeout_s)
-    where = f"{FIELD} {service.url!r}"
-    try:
+    with _asking(service):
         version = _checked_version(service)
         config, environment = _stated(service, policy, options)
         missing = list(_missing(service, config, environment, options))
         if missing:
             command = serve_command(policy, options)
-            raise UserError(f"{where}: {'; '.join(missing)}; start it with: {command}")
+            raise UserError(
+                f"{FIELD} {service.url!r}: {'; '.join(missing)}; start it with: {command}"
+            )
         if service.call("/is_sleeping", seconds=CALL_SECONDS)["is_sleeping"]:
             # A trainer that was killed left it so.
             service.call("/wake_up", {}, seconds=options.timeout_s)
         if not config["model_config"]["skip_tokenizer_init"]:
             # Without a tokenizer vLLM checks no ids, and dies of one that it does not have.
             _require_vocabulary(service, policy)
-        return _facts(version, config)
+        return _facts(version, config, environment)
+
+
+def version_of(url: str, wait_s: float) -> str:
+    """The version of the vLLM behind ``url``, which may take ``wait_s`` to answer. Raises
+    UserError."""
+    service = service_of(ServerOptions(url))
+    _wait_until_up(service, wait_s)
+    with _asking(service):
+        return _checked_version(service)
+
+
+def service_of(options: ServerOptions) -> Service:
+    return Service(options.url, api_key(FIELD, None, API_KEY_ENV))
+
+
+@contextmanager
+def _asking(service: Service) -> Iterator[None]:
+    """Answers that are none, or of something else, are UserErrors in here."""
+    where = f"{FIELD} {service.url!r}"
+    try:
+        yield
     except (Refused, Lost) as error:
         raise UserError(f"{where}: {error}; is it vLLM?") from None
     except (KeyError, TypeError, AttributeError) as error:
@@ -124,7 +150,7 @@ def check_server(service: Service, policy: Policy, options: ServerOptions) -> Se
 
 def _wait_until_up(service: Service, seconds: float) -> None:
     """Until GET /health answers. A server that is still loading does not listen yet."""
-    deadline = time.monotonic() + seconds
+    deadline, told = time.monotonic() + seconds, False
     while True:
         try:
             service.call("/health", seconds=min(seconds, CALL_SECONDS))
@@ -139,6 +165,10 @@ def _wait_until_up(service: Service, seconds: float) -> None:
                     f"{FIELD} {service.url!r}: no answer within vllm_server_timeout={seconds:g} s "
                     f"({error}); is the server running there?"
                 ) from None
+        if not told:
+            words = f"waiting for the vLLM server at {service.url}, {seconds:g} s at most"
+            print(f"grpo-engine: {words}", file=sys.stderr)
+            told = True
         time.sleep(0.5)
 
 
@@ -202,15 +232,17 @@ def _missing(
         yield "its sleep mode is off (vllm_enable_sleep_mode)"
 
 
-def _facts(version: str, config: dict[str, Any]) -> ServerFacts:
+def _facts(version: str, config: dict[str, Any], environment: dict[str, Any]) -> ServerFacts:
     model, scheduler = config["model_config"], config["scheduler_config"]
+    on_cpu = config["device_config"]["device"] == "cpu"
     return ServerFacts(
         vllm_version=version,
         dtype=getattr(torch, model["dtype"].removeprefix("torch.")),
+        fp32_products=fp32_products(environment["VLLM_FLOAT32_MATMUL_PRECISION"], on_cpu=on_cpu),
         max_model_len=model["max_model_len"],
         seats=scheduler["max_num_seqs"] * config["parallel_config"]["data_parallel_size"],
         max_logprobs=model["max_logprobs"],
-        can_sleep=config["device_config"]["device"] != "cpu",
+        can_sleep=not on_cpu,
     )
 
 

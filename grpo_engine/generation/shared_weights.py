@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-MAGIC = b"grpo-engine-1\n\0\0"  # 16 bytes
+MAGIC = b"grpo-engine-2\n\0\0"  # 16 bytes
 ALIGNMENT = 64
 PAGE = 4096
 MAX_RANKS = 1024
@@ -69,6 +69,7 @@ class Reply:
     ranks: int
     version: int
     checksums: dict[str, str]  # by name
+    finest: str | None = None  # dtype of the parameters that it loaded them into: "bfloat16"
 
 
 def checksum(tensor: Tensor) -> str:
@@ -104,7 +105,8 @@ def total_checksum(checksums: Mapping[str, str]) -> str:
 
 class PublishedWeights:
     """The trainer's end. Copies ``tensors`` into new shared memory, one at a time, floating ones as
-    ``dtype``. ``path`` is for the engine; ``checksums`` are of the trainer's own tensors.
+    ``dtype``. ``path`` is for the engine; ``checksums`` are of what was published; ``rounded``
+    says whether that is in another dtype than the trainer's own.
 
     Args:
         adapter_config: where these are a LoRA adapter, the text of peft's adapter_config.json.
@@ -123,6 +125,7 @@ class PublishedWeights:
             name: dtype if dtype and tensor.is_floating_point() else tensor.dtype
             for name, tensor in tensors.items()
         }
+        self.rounded = any(cast[name] != tensor.dtype for name, tensor in tensors.items())
         places, end = [], 0
         for name, tensor in tensors.items():
             places.append(TensorPlace(name, _dtype_name(cast[name]), tuple(tensor.shape), end))
@@ -215,9 +218,10 @@ class ReceivedWeights:
             self.checksums[place.name] = checksum(tensor)
             yield place.name, tensor
 
-    def reply(self, rank: int = 0, ranks: int = 1) -> None:
+    def reply(self, rank: int = 0, ranks: int = 1, finest: torch.dtype | None = None) -> None:
         """Tell the trainer what was read. To be called once all of it has been loaded."""
         values = {"rank": rank, "ranks": ranks, "version": self.version}
+        values["finest"] = None if finest is None else _dtype_name(finest)
         text = json.dumps({**values, "checksums": self.checksums}).encode()
         if rank >= MAX_RANKS or len(text) + _LENGTH.size > self._slot:
             raise RuntimeError(f"no room for the reply of rank {rank} ({len(text)} bytes)")

@@ -187,10 +187,12 @@ class ColocatedVLLM:
 
     def __init__(self, worker: WorkerProcess, facts: dict[str, Any], options: VLLMOptions) -> None:
         self.dtype: torch.dtype = getattr(torch, facts["dtype"])
+        self.fp32_products: torch.dtype = facts["fp32_products"]
         self.max_model_len: int = facts["max_model_len"]
         self.version: str = facts["version"]  # vLLM's
         self.notes: Sequence[str] = facts["notes"]
         self.worker = worker
+        self._memory: Sequence[str] = facts["memory"]
         self._sleeps: bool = facts["sleeps"]
         self._asleep = False
         self._timeout_s = options.timeout_s
@@ -230,11 +232,19 @@ class ColocatedVLLM:
 
     def close(self) -> None:
         self.worker.close()
+        for path in self._memory:  # of ranks that were killed
+            Path(path).unlink(missing_ok=True)
 
     def _call(
         self, method: str, argument: Any = None, on_message: Callable[[Any], None] | None = None
     ) -> Any:
-        return self.worker.call(method, argument, timeout_s=self._timeout_s, on_message=on_message)
+        return self.worker.call(
+            method,
+            argument,
+            timeout_s=self._timeout_s,
+            timeout_name="generation_timeout",
+            on_message=on_message,
+        )
 
 
 def start_colocated(policy: Policy, options: VLLMOptions) -> ColocatedVLLM:
@@ -270,7 +280,8 @@ def start_colocated(policy: Policy, options: VLLMOptions) -> ColocatedVLLM:
                 "enable_sleep": options.enable_sleep,
                 "cache_bytes": _cache_bytes(policy, options),
             }
-            facts = worker.call("start", start, timeout_s=options.start_timeout_s)
+            limit = options.start_timeout_s
+            facts = worker.call("start", start, timeout_s=limit, timeout_name="vllm_start_timeout")
         return ColocatedVLLM(worker, facts, options)
     except BaseException:
         worker.close(wait_s=0)  # it may be in the middle of importing vLLM

@@ -6,7 +6,10 @@ The server names with each completion the weights that drew it: one that was res
 other weights, is noticed at the next completion.
 
 The server is the user's: it is neither started nor stopped here, and what weights it holds when a
-run begins does not matter. It goes on with those of the last update.
+run begins does not matter. It goes on with those of the last update. One that breaks off, by an
+error or by Ctrl-C, is ended in order, so that other people's requests go on: with the old weights,
+the new ones, or, where the load itself failed, some of each; the server then calls them
+"broken-off". Only a trainer that is killed leaves it paused, until the next one comes.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import math
 import secrets
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict
@@ -21,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from grpo_engine.endpoints import api_key
 from grpo_engine.generation.base import OnBatch
 from grpo_engine.generation.engine import (
     LoadedWeights,
@@ -30,7 +33,6 @@ from grpo_engine.generation.engine import (
     support_width,
 )
 from grpo_engine.generation.server_check import (
-    API_KEY_ENV,
     CALL_SECONDS,
     FIELD,
     GENERATE,
@@ -38,6 +40,7 @@ from grpo_engine.generation.server_check import (
     ServerOptions,
     check_server,
     serve_command,
+    service_of,
 )
 from grpo_engine.generation.server_http import Lost, Refused, Service, Streams, as_finished
 from grpo_engine.generation.shared_weights import ReceivedWeights, write_adapter
@@ -53,6 +56,7 @@ from grpo_engine.types import (
 
 STREAM_INTERVAL = 128  # tokens of one event: a sign of life now and then, not at every token
 MAX_THREADS = 1024
+ORDER_SECONDS = 20.0  # to put a server in order that may be dead or hang
 NO_LOGPROB = -9999.0  # what vLLM says where it has none
 NO_SLEEP = "vllm_enable_sleep_mode: vLLM on the CPU cannot sleep; it keeps its memory"
 
@@ -63,7 +67,7 @@ def connect_server(policy: Policy, options: ServerOptions) -> VLLMServer:
     Raises UserError: no server there, one that was started without what training needs (the message
     has the whole command line), or one with another model.
     """
-    service = Service(options.url, api_key(FIELD, None, API_KEY_ENV))
+    service = service_of(options)
     facts = check_server(service, policy, options)
     try:
         service.call("/init_weight_transfer_engine", {"init_info": {}}, seconds=options.timeout_s)
@@ -82,7 +86,8 @@ class VLLMServer:
         options: ServerOptions,
         facts: ServerFacts,
     ) -> None:
-        self.dtype, self.max_model_len = facts.dtype, facts.max_model_len
+        self.dtype, self.fp32_products = facts.dtype, facts.fp32_products
+        self.max_model_len = facts.max_model_len
         self.version = facts.vllm_version
         self._sleeps, self._asleep = options.enable_sleep and facts.can_sleep, False
         self.notes = [] if self._sleeps or not options.enable_sleep else [NO_SLEEP]
@@ -158,18 +163,32 @@ class VLLMServer:
             self._asleep = False
 
     def close(self) -> None:
-        """The server goes on, with the weights that it has."""
+        """The server goes on, awake, with the weights that it has and without our adapter."""
         self._closed = True
         self._streams.close()
-        if self._adapter is not None:
-            self._adapter[1].cleanup()
-            self._adapter = None
+        calls = [("/wake_up", {})] if self._asleep else []
+        adapter, self._adapter, self._asleep = self._adapter, None, False
+        if adapter is not None:
+            calls.append(("/v1/unload_lora_adapter", {"lora_name": adapter[0]}))
+        self._put_in_order(*calls)
+        if adapter is not None:
+            adapter[1].cleanup()
 
     def _do(self, path: str) -> None:
         try:
             self._call(path, {})
         except (Refused, Lost) as error:
             raise GeneratorError(f"{self._name}, {path}: {error}. {self._state()}") from None
+
+    def _put_in_order(self, *calls: tuple[str, dict[str, Any]]) -> None:
+        """Make ``calls``, whatever becomes of them: an error is on its way already, or the end. One
+        without an answer is the last, for what comes after it must not come before it."""
+        end = time.monotonic() + ORDER_SECONDS
+        with suppress(Lost):
+            for path, fields in calls:
+                seconds = max(0.1, end - time.monotonic())
+                with suppress(Refused):
+                    self._service.call(path, fields, seconds=seconds, answers_json=False)
 
     # -- drawing -----------------------------------------------------------------------------------
 
@@ -243,14 +262,23 @@ class VLLMServer:
     def _load(self, update: WeightUpdate) -> tuple[LoadedWeights, str]:
         """vLLM's own update, from the pause before it to the label after it."""
         label = f"{update.version}.{self._mark}"
-        self._call("/pause?mode=wait", {})
-        self._start_update()
-        self._call("/update_weights", {"update_info": asdict(update)})
-        self._call("/finish_weight_update", {"weight_version": label})
-        answer = self._call("/reset_prefix_cache", {})
-        if answer != {"success": True}:
-            raise Lost(f"it keeps the prefix cache of its old weights ({answer})")
-        self._call("/resume", {})
+        try:
+            self._call("/pause?mode=wait", {})
+            self._start_update()
+            self._call("/update_weights", {"update_info": asdict(update)})
+            self._call("/finish_weight_update", {"weight_version": label})
+            answer = self._call("/reset_prefix_cache", {})
+            if answer != {"success": True}:
+                raise Lost(f"it keeps the prefix cache of its old weights ({answer})")
+            self._call("/resume", {})
+        except BaseException:  # Ctrl-C too
+            self._put_in_order(
+                ("/finish_weight_update", {}),  # waits for a load that still goes on
+                ("/update_weight_version", {"new_version": f"broken-off.{self._mark}"}),
+                ("/reset_prefix_cache", {}),
+                ("/resume", {}),
+            )
+            raise
         reported = (self._call("/weight_info") or {}).get("weight_version")
         if reported != label:
             raise Lost(f"after the update it says that its weights are {reported!r}, not {label!r}")
@@ -277,7 +305,12 @@ class VLLMServer:
         finally:
             received.close()
         fields = {"lora_name": name, "lora_path": folder.name}
-        self._call("/v1/load_lora_adapter", fields, answers_json=False)
+        try:
+            self._call("/v1/load_lora_adapter", fields, answers_json=False)
+        except BaseException:  # Ctrl-C too; it may have arrived
+            self._put_in_order(("/v1/unload_lora_adapter", {"lora_name": name}))
+            folder.cleanup()
+            raise
         last, self._adapter = self._adapter, (name, folder)
         if last is not None:
             self._call("/v1/unload_lora_adapter", {"lora_name": last[0]}, answers_json=False)

@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from grpo_engine.generation.engine import LoadedWeights, WeightUpdate
 from grpo_engine.generation.shared_weights import ReceivedWeights, write_adapter
 
@@ -72,6 +74,7 @@ def transfer_engine_class() -> type:
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             self.expected = parameter_names(self.model)  # while the model is whole
+            self.finest = finest_dtype(self.model)
             self.received: ReceivedWeights | None = None
             self.unfinished = False
 
@@ -86,22 +89,25 @@ def transfer_engine_class() -> type:
 
         def _take_back(self) -> None:
             """End an update that broke off: layers would count what they were given then as part of
-            the next one."""
+            the next one, and without their weights nothing could be drawn until then. Those that
+            were not given all of theirs get the old ones."""
             for layer in self.model.modules():
                 waiting = get_layerwise_info(layer)
                 waiting.loaded_weights.clear()
                 waiting.load_numel = 0
             finalize_layerwise_reload(self.model, self.model_config)
+            repack_tied_heads(self.model)
+            self.unfinished = False
 
         def receive_weights(self, update_info: UpdateInfo) -> None:
             self.shutdown()
-            received = ReceivedWeights(update_info.memory, update_info.version)
             try:
-                load_all(self.model, received, self.expected)
+                self.received = ReceivedWeights(update_info.memory, update_info.version)
+                load_all(self.model, self.received, self.expected)
             except BaseException:
-                received.close()
+                self.shutdown()
+                self._take_back()
                 raise
-            self.received = received
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)
@@ -111,7 +117,7 @@ def transfer_engine_class() -> type:
                 parallel = self.parallel_config
                 ranks = parallel.world_size * parallel.data_parallel_size
                 first = parallel.data_parallel_index * parallel.world_size
-                self.received.reply(first + parallel.rank, ranks)
+                self.received.reply(first + parallel.rank, ranks, self.finest)
             self.shutdown()
 
         def shutdown(self) -> None:
@@ -125,6 +131,13 @@ def transfer_engine_class() -> type:
 def parameter_names(model: Any) -> set[str]:
     """What the model must be given, under the names that ``load_weights`` returns."""
     return {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
+
+
+def finest_dtype(model: Any) -> torch.dtype:
+    """Of the model's parameters: where it is finer than that of the rest (the norms, a router's
+    bias), weights that were rounded for the rest are not all that it could hold."""
+    floating = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return max(floating, key=lambda dtype: torch.finfo(dtype).bits)
 
 
 def load_all(model: Any, received: ReceivedWeights, expected: set[str]) -> None:
@@ -180,8 +193,9 @@ def reload_in_worker(worker: Any, memory: str, version: int) -> None:
     received = ReceivedWeights(memory, version)
     try:
         worker.reload_weights(weights_iterator=iter(received))
-        repack_tied_heads(worker.model_runner.get_model())
-        received.reply(worker.rank, worker.parallel_config.world_size)
+        model = worker.model_runner.get_model()
+        repack_tied_heads(model)
+        received.reply(worker.rank, worker.parallel_config.world_size, finest_dtype(model))
     finally:
         received.close()
 

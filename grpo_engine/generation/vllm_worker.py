@@ -15,8 +15,11 @@ from __future__ import annotations
 
 import inspect
 import math
+import multiprocessing
+import re
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 from grpo_engine.generation import vllm_transfer
@@ -24,6 +27,7 @@ from grpo_engine.generation.engine import (
     INSTALL,
     LoadedWeights,
     WeightUpdate,
+    fp32_products,
     support_of,
     support_width,
 )
@@ -44,7 +48,7 @@ class VLLMWorker:
         """Make the engine. Raises UserError where vLLM refuses the model or an option."""
         try:
             import vllm
-            from vllm import LLM  # vllm itself loads the rest when first asked for it
+            from vllm import LLM, envs  # vllm itself loads the rest when first asked for it
             from vllm.platforms import current_platform
         except (ImportError, RuntimeError, AttributeError) as error:
             raise UserError(
@@ -65,11 +69,14 @@ class VLLMWorker:
             ) from error
         self.loader = vllm_transfer.WeightLoader(self.llm)
         config = self.llm.llm_engine.vllm_config.model_config
+        precision = getattr(envs, "VLLM_FLOAT32_MATMUL_PRECISION", "highest")  # not in older ones
         return {
             "version": vllm.__version__,
             "dtype": str(config.dtype).removeprefix("torch."),
+            "fp32_products": fp32_products(precision, on_cpu=on_cpu),
             "max_model_len": config.max_model_len,
             "sleeps": sleeps,
+            "memory": untracked_memory(),
             "notes": [NO_SLEEP] if options["enable_sleep"] and not sleeps else [],
         }
 
@@ -113,6 +120,16 @@ class VLLMWorker:
     def close(self) -> None:
         if hasattr(self, "llm"):
             self.llm.llm_engine.engine_core.shutdown()
+
+
+def untracked_memory() -> list[str]:
+    """The files in /dev/shm through which ranks on a CPU talk: vLLM's C++ makes them, so no
+    resource tracker knows them, and removes them in an orderly end alone."""
+    found: set[str] = set()
+    for rank in multiprocessing.active_children():
+        maps = Path(f"/proc/{rank.pid}/maps").read_text(encoding="utf-8")
+        found |= set(re.findall(r" (/dev/shm/\S*cpushm\S*)$", maps, re.MULTILINE))
+    return sorted(found)
 
 
 def engine_arguments(options: dict[str, Any], *, on_cpu: bool, sleeps: bool) -> dict[str, Any]:

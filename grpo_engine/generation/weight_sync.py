@@ -7,6 +7,10 @@ checksum that the policy's own tensor has; and its log-probs must be the trainer
 Anything else raises GeneratorError, which ends the run: an engine that samples from other weights
 trains something else, without a trace in the loss.
 
+Weights go in the dtype that the engine computes in, to which it would round them anyway. Where it
+says that it keeps some in a finer one (the bias of a router, a state-space model's decay), they all
+go as the trainer has them, and it rounds the others itself.
+
 With LoRA the base weights are sent once to an engine, then the adapter alone; vLLM applies it as it
 is. Nothing is merged: bf16 weights would lose most of a small adapter.
 """
@@ -18,6 +22,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from grpo_engine.generation.canary import Canary
@@ -46,6 +51,7 @@ class WeightSync:
         self.method: str | None = None  # how the engine loaded them: LoadedWeights.method
         self.notes: list[str] = []  # of what stood in for the usual way, once each
         self._base_sent = False
+        self._as_they_are = False  # the engine keeps some weights in a finer dtype than its own
 
     def sync(self, engine: Engine, version: int) -> dict[str, float]:
         """The policy's present weights, as ``version``, into ``engine``; returns metrics.
@@ -68,7 +74,7 @@ class WeightSync:
 
     def close(self) -> None:
         """Forget what the engine holds: the next sync is a first one."""
-        self.canary.anchor, self._base_sent = None, False
+        self.canary.anchor, self._base_sent, self._as_they_are = None, False, False
 
     def _send(
         self,
@@ -81,7 +87,7 @@ class WeightSync:
         """Publish, have the engine load, compare what it answers. Returns the bytes sent."""
         is_adapter = adapter_config is not None
         # An adapter keeps its fp32: vLLM rounds it where it must, on its way into the product.
-        dtype = None if is_adapter else engine.dtype
+        dtype = None if is_adapter or self._as_they_are else engine.dtype
         published = PublishedWeights(tensors, version, dtype=dtype, adapter_config=adapter_config)
         try:
             loaded = engine.update_weights(WeightUpdate(version, published.path, is_adapter))
@@ -92,12 +98,16 @@ class WeightSync:
                 )
             if loaded.method == "reload_weights":
                 self._note(NO_TRANSFER)
+            replies = published.replies() if loaded.replied else []
             if loaded.replied:
-                require_same(published, published.replies())
+                require_same(published, replies)
             else:
                 self._note(NO_REPLY)
         finally:
             published.close()
+        if published.rounded and any(_is_finer(reply.finest, engine.dtype) for reply in replies):
+            self._as_they_are = True
+            return published.nbytes + self._send(engine, version, tensors)
         return published.nbytes
 
     def _note(self, sentence: str) -> None:
@@ -158,6 +168,10 @@ def _adapter_config(policy: Policy) -> str:
     with tempfile.TemporaryDirectory() as folder:
         policy.adapter.config.save_pretrained(folder)
         return (Path(folder) / "adapter_config.json").read_text()
+
+
+def _is_finer(name: str | None, dtype: torch.dtype) -> bool:
+    return name is not None and torch.finfo(getattr(torch, name)).bits > torch.finfo(dtype).bits
 
 
 def _some(names: list[str]) -> str:

@@ -13,6 +13,10 @@ Who is watched, and how:
 * we died: the kernel kills the worker's whole process group, in whatever C loop it is, when our end
   of the lifeline closes (``die_with``).
 
+One process of the group is spared, in each of these: Python's resource tracker, which ends by
+itself once the others are gone, and first frees the shared memory and semaphores that they left in
+/dev/shm. It ignores SIGIO, the signal of the lifeline and of ``_end``.
+
 Nothing in here knows what is served.
 """
 
@@ -34,6 +38,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Mapping
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +47,7 @@ from grpo_engine.types import GeneratorError, UserError
 
 LOOK_UP_S = 0.5  # longest wait before looking whether the process is still there
 CLOSE_S = 10.0  # for an orderly end, before the kill
-CLEAN_UP_S = 2.0  # then for what it started, such as the tracker that frees shared memory
+CLEAN_UP_S = 2.0  # then for the tracker that frees shared memory
 DUMP_S = 5.0  # for the stacks to be written
 TAIL_LINES = 15
 TAIL_BYTES = 1 << 20  # of a log, in which those lines are looked for
@@ -128,12 +133,14 @@ class WorkerProcess:
         argument: Any = None,
         *,
         timeout_s: float,
+        timeout_name: str = "",
         on_message: Callable[[Any], None] | None = None,
     ) -> Any:
         """The result of ``method`` there. ``on_message`` gets what it sends on the way.
 
         Raises UserError as it does; GeneratorError where it failed, died, or sent nothing for
-        ``timeout_s``: it is then gone, and later calls raise too.
+        ``timeout_s`` (``timeout_name``: the setting behind it, for the message): it is then gone,
+        and later calls raise too.
         """
         if self.failure or not self._end.alive:
             raise GeneratorError(f"{self.name} is gone: {self.failure or 'it was closed'}")
@@ -141,7 +148,8 @@ class WorkerProcess:
         number = self._calls
         try:
             self._outbox.put(("call", number, method, argument))
-            return self._result(number, method, timeout_s, on_message)
+            limit = f"{timeout_s:g} s" + (f" ({timeout_name})" if timeout_name else "")
+            return self._result(number, method, timeout_s, limit, on_message)
         except BaseException:
             self._outbox.put(("cancel", number))
             raise
@@ -151,6 +159,7 @@ class WorkerProcess:
         number: int,
         method: str,
         timeout_s: float,
+        limit: str,
         on_message: Callable[[Any], None] | None,
     ) -> Any:
         deadline = time.monotonic() + timeout_s
@@ -162,7 +171,7 @@ class WorkerProcess:
                 if _has_ended(self.process):
                     raise self._died(method) from None
                 if left <= 0:
-                    raise self._hung(method, timeout_s) from None
+                    raise self._hung(method, limit) from None
                 continue
             if message is None:
                 raise self._died(method)
@@ -190,16 +199,19 @@ class WorkerProcess:
         stop_at = time.monotonic() + LOOK_UP_S
         while not _has_ended(self.process) and time.monotonic() < stop_at:
             time.sleep(0.01)  # its socket closes a moment before it ends
+        by_itself = _has_ended(self.process)
         self._end()
         code = self.process.returncode
         how = f"exit code {code}"
-        if code < 0:
+        if not by_itself:
+            how = "it closed its connection, and was killed"
+        elif code < 0:
             how = f"signal {-code} ({signal.Signals(-code).name})"
             if -code == signal.SIGKILL:
                 how += "; out of memory?"
         return self._fail(f"died during {method}: {how}")
 
-    def _hung(self, method: str, timeout_s: float) -> GeneratorError:
+    def _hung(self, method: str, limit: str) -> GeneratorError:
         size = self.log_path.stat().st_size
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, signal.SIGUSR1)
@@ -208,7 +220,7 @@ class WorkerProcess:
         while time.monotonic() < stop_at and grown != self.log_path.stat().st_size:
             grown = self.log_path.stat().st_size
             time.sleep(0.2 if grown > size else 0.5)
-        return self._fail(f"made no progress for {timeout_s:g} s in {method}", stacks_from=size)
+        return self._fail(f"made no progress for {limit} in {method}", stacks_from=size)
 
     def _fail(self, what: str, stacks_from: int | None = None) -> GeneratorError:
         """Kill it, and make the error: what happened, where it stood, what it said last."""
@@ -222,7 +234,8 @@ class WorkerProcess:
                 stack = main_stack(log.read(TAIL_BYTES).decode(errors="replace"))
                 if stack:
                     parts += ["where it stood (most recent call first):", *stack]
-        lines = [line for line in text.splitlines() if line.strip()][-TAIL_LINES:]
+        said = [line for line in text.splitlines() if line.strip()]
+        lines = [line for line in said if "resource_tracker" not in line][-TAIL_LINES:]
         parts += [f"the end of its log, {self.log_path}:", *(f"  {line}" for line in lines)]
         whole = "\n".join(parts)
         self.failure = f"it {whole}"  # told again to whoever calls next
@@ -242,11 +255,6 @@ class WorkerProcess:
                 stop_at = time.monotonic() + wait_s
                 while not _has_ended(self.process) and time.monotonic() < stop_at:
                     time.sleep(0.01)
-                stop_at = time.monotonic() + min(wait_s, CLEAN_UP_S)
-                while _has_ended(self.process) and time.monotonic() < stop_at:
-                    if not _has_others(self.pid):
-                        break
-                    time.sleep(0.02)
             finally:
                 self._end()
         self._outbox.put(None)
@@ -281,12 +289,13 @@ def _has_ended(process: subprocess.Popen) -> bool:
 
 
 def _has_others(session: int) -> bool:
-    """Whether any process of the session but its leader is there."""
+    """Whether any process of the session but its leader still runs."""
     for entry in os.scandir("/proc"):
         if entry.name.isdigit() and int(entry.name) != session:
             with contextlib.suppress(OSError):  # gone meanwhile
                 stat = Path(entry.path, "stat").read_text(encoding="utf-8", errors="replace")
-                if int(stat.rpartition(")")[2].split()[3]) == session:
+                state, _, _, of_session = stat.rpartition(")")[2].split()[:4]
+                if int(of_session) == session and state != "Z":
                     return True
     return False
 
@@ -294,16 +303,29 @@ def _has_others(session: int) -> bool:
 def _end(process: subprocess.Popen, channel: socket.socket, lifeline: int, owner: int) -> None:
     if os.getpid() != owner:
         return  # a forked copy of us: the worker is not its child
-    if process.returncode is None:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            process.kill()
-        process.wait()
-    with contextlib.suppress(OSError):  # not connected any more
-        channel.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads
-    channel.close()
-    os.close(lifeline)
+    try:
+        if process.returncode is None:
+            _signal_group(process, signal.SIGIO)  # all but the resource tracker
+            stop_at = time.monotonic() + CLEAN_UP_S
+            while time.monotonic() < stop_at:
+                if _has_ended(process) and not _has_others(process.pid):
+                    break
+                time.sleep(0.01)
+    finally:  # a second Ctrl-C may come meanwhile
+        if process.returncode is None:
+            _signal_group(process, signal.SIGKILL)
+            process.wait()
+        with contextlib.suppress(OSError):  # not connected any more
+            channel.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads
+        channel.close()
+        os.close(lifeline)
+
+
+def _signal_group(process: subprocess.Popen, number: int) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError):
+        process.kill()
 
 
 def _read(channel: socket.socket, inbox: queue.SimpleQueue) -> None:
@@ -345,6 +367,9 @@ def serve(entry: str, channel_fd: int, lifeline_fd: int) -> None:
     """Serve calls until told to close. Ends the process, with its threads, in any case."""
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGIO, signal.SIG_IGN)  # in the tracker it stays ignored
+    resource_tracker.ensure_running()  # the one of all processes that we may start
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
     die_with(lifeline_fd)
     channel = socket.socket(fileno=channel_fd)
     calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
