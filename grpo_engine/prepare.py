@@ -228,10 +228,12 @@ def reward_spec(
 def sandbox_tier(specs: list[RewardSpec]) -> str | None:
     """The sandbox that programs will run in, None where no reward runs any. UserError where there
     is none: every score would fail."""
-    if not any(spec.function in ("code", BUILT_IN["code"]) for spec in specs):
+    runs = [spec for spec in specs if spec.function in ("code", BUILT_IN["code"])]
+    if not runs:
         return None
     try:
-        tier = find_sandbox().tier
+        weaker = any(spec.args.get("allow_rlimits_only") for spec in runs)
+        tier = find_sandbox(allow_rlimits_only=weaker).tier
     except SandboxError as error:
         raise UserError(f"reward 'code': {error}") from error
     say(f"reward 'code' runs programs in the sandbox tier {tier!r}")

@@ -344,6 +344,10 @@ def test_the_first_failure_ends_the_trial(sandbox):
 # Tests that cannot be run
 
 
+def nested(depth):
+    return [nested(depth - 1)] if depth else []
+
+
 @pytest.mark.parametrize(
     "tests",
     [
@@ -359,6 +363,15 @@ def test_the_first_failure_ends_the_trial(sandbox):
         {"type": "call", "cases": [{"args": [], "expected": 1}]},
         {"type": "call", "entry_point": "f", "cases": [{"args": []}]},
         {"type": "call", "entry_point": "f", "cases": ["x"]},
+        {"type": "call", "entry_point": "f", "cases": [{"args": 3, "expected": 1}]},
+        {"type": "call", "entry_point": "f", "cases": [{"args": "[3]", "expected": 1}]},
+        {"type": "call", "entry_point": "f", "cases": [{"args": {"a": 3}, "expected": 1}]},
+        {"type": "call", "entry_point": "f", "cases": [{"kwargs": [3], "expected": 1}]},
+        # No program's answer equals these.
+        {"type": "call", "entry_point": "f", "cases": [{"expected": [float("nan")]}]},
+        {"type": "call", "entry_point": "f", "cases": [{"expected": nested(200)}]},
+        {"type": "call", "entry_point": "f", "cases": [{"expected": {1: 2}}]},
+        {"type": "call", "entry_point": "f", "cases": [{"expected": object()}]},
         {"type": "check", "entry_point": "f"},
     ],
 )
@@ -381,6 +394,21 @@ def test_malformed_tests_score_none_and_never_1(tests):
 def test_a_broken_check_is_not_the_program_s_fault(sandbox, code):
     tests = {"type": "check", "entry_point": "f", "code": code}
     assert judge("def f(x): return 1", tests, timeout_s=0.5) == (None, "gold_invalid")
+
+
+def test_a_broken_check_is_found_before_the_program_runs(sandbox, monkeypatch):
+    """A program that takes the whole machine must not make the test look broken."""
+    kinds = []
+    start = sandboxes.Sandbox.start
+
+    def noted(self, job, **options):
+        kinds.append(job["kind"])
+        return start(self, job, **options)
+
+    monkeypatch.setattr(sandboxes.Sandbox, "start", noted)
+    tests = {"type": "check", "entry_point": "f", "code": "while True: pass"}
+    assert judge("def f(x): return 1", tests, timeout_s=0.5) == (None, "gold_invalid")
+    assert kinds == ["check"]
 
 
 def test_checked_tests_says_what_is_wrong():

@@ -15,6 +15,7 @@ from tiny_model import make_tiny_model
 
 from grpo_engine.cli import main
 from grpo_engine.evaluation import problems as problems_module
+from grpo_engine.evaluation import run as run_module
 from grpo_engine.evaluation.config import build_eval_config
 from grpo_engine.evaluation.problems import Kind
 from grpo_engine.evaluation.run import Evaluation, run_eval
@@ -335,6 +336,31 @@ def test_failed_verdicts_are_counted_and_bounded(scripted, failing_judge, tmp_pa
     out = capsys.readouterr().out
     assert "2 of 4 samples could not be judged" in out and "pass@4" in out and "25.0 %" in out
     assert [row["outcome"] for row in parsed(tmp_path / "run")] == ["ok", "error", "timeout", "ok"]
+
+
+def test_a_later_judge_judges_again_without_the_model(
+    scripted, failing_judge, tmp_path, monkeypatch, capsys
+):
+    rows, words = [{"problem": "?", "answer": "1"}], {(1, 0): "right", (1, 1): "wrong"}
+    assert scripted(rows, words.items())[1]["correct"] == [1]
+    folder, judge = tmp_path / "run", tmp_path / "judge.py"
+    before = (folder / "samples.jsonl").read_bytes()
+    first = judge.read_text()
+    monkeypatch.setattr(run_module, "rules_sha256", lambda: "later")
+
+    judge.write_text(first.replace("[word] = completions", "1 / 0"))
+    assert scripted(rows, {}.items())[0] == 1
+    assert "2 of 2 samples could not be judged" in capsys.readouterr().err
+    assert (folder / "samples.jsonl").read_bytes() == before
+
+    judge.write_text(first.replace("word == 'right'", "word != ''"))
+    code, found = scripted(rows, {}.items())  # no word is there to be drawn
+    assert code == 0 and found["correct"] == [2]
+    assert "judging 2 samples again" in capsys.readouterr().err
+    assert scripted(rows, words.items(), output_dir=str(tmp_path / "fresh"))[0] == 0
+    for name in ("results.json", "samples.jsonl"):
+        assert (folder / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+    assert scripted(rows, {}.items())[0] == 0 and "again" not in capsys.readouterr().err
 
 
 def test_a_judge_that_fails_on_most_ends_the_evaluation(scripted, failing_judge, tmp_path, capsys):

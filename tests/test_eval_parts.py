@@ -1,6 +1,7 @@
 """The parts of grpo-engine eval: problems, votes, figures, the samples file, the choice reward."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -138,6 +139,15 @@ def test_several_answers_and_unjudged_ones_vote_by_their_text():
     assert ballot[0] == ballot[1] and len(set(ballot)) == 3 and votes.comparisons == 0
 
 
+@pytest.mark.parametrize("outcome", ["time_limit", "resource_limit", "too_long"])
+def test_what_the_verifier_could_not_read_is_not_compared_again(outcome):
+    bomb = r"\binom{10^9}{5\cdot10^8}"
+    problem = [sample(1, number, bomb, 0.0, outcome=outcome) for number in range(2)]
+    votes = Votes("math", [[*problem, sample(1, 2, r"\sqrt2", 0.0)]])
+    [ballot] = votes.ballots
+    assert ballot[0] == ballot[1] != ballot[2] and votes.comparisons == 0
+
+
 def test_reasoning_gym_votes_keep_different_right_answers_apart():
     problem = samples(1, ("4 + 2", 1.0), ("2 + 4", 1.0), ("Six ", 0.0), ("six", 0.0), ("6", 0.0))
     [ballot] = Votes("reasoning_gym", [problem]).ballots
@@ -210,6 +220,37 @@ def test_samples_file_has_one_writer(tmp_path):
     second = SampleFile(tmp_path, key_of)
     with SampleFile(tmp_path, key_of), pytest.raises(UserError, match="another evaluation"):
         second.__enter__()
+
+
+def test_samples_are_rewritten_as_a_whole_or_not_at_all(tmp_path):
+    path, sizes = tmp_path / "samples.jsonl", []
+
+    def right(batch):
+        sizes.append(len(batch))
+        return [replace(one, score=1.0) for one in batch]
+
+    def broken(batch):
+        if batch[0].row == 2:
+            raise KeyboardInterrupt
+        return right(batch)
+
+    with SampleFile(tmp_path, key_of) as file:
+        file.append(samples(1, ("2", 0.0), ("3", 0.0)), [{"solution": "2"}] * 2)
+        file.append(samples(2, ("4", None)))
+        before = path.read_bytes()
+        with pytest.raises(KeyboardInterrupt):
+            file.rewrite(2, broken)
+        assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+        file.rewrite(2, right)
+        assert sizes == [2, 2, 1] and [one.score for one in file.samples.values()] == [1.0] * 3
+        with pytest.raises(UserError, match="another evaluation"), SampleFile(tmp_path, key_of):
+            pass
+        file.append(samples(3, ("5", 0.0)))
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [line["score"] for line in lines] == [1.0, 1.0, 1.0, 0.0]
+    assert lines[0]["solution"] == "2" and lines[0]["key"] == key_of((1, 0))
+    with SampleFile(tmp_path, key_of) as file:
+        assert len(file.samples) == 4
 
 
 def test_more_samples_begin_with_the_same_batches():

@@ -2,6 +2,7 @@
 reward."""
 
 import json
+import time
 from pathlib import Path
 
 import judge_rules
@@ -299,6 +300,22 @@ def test_a_pool_behind_an_endpoint_pays_once(monkeypatch, tmp_path):
             assert report.scores["judge"] == [float(answer == "4") for answer in answers]
         assert fake.answered() == 8
     assert len([json.loads(line) for line in Path(cache).read_text().splitlines()]) == 8
+
+
+def test_in_a_pool_a_judge_has_time_to_answer_and_to_be_asked_again(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    def slowly(body):
+        time.sleep(1.0)
+        return judge_rules.answer(body["messages"])
+
+    columns = {"prompt": [QUESTION], "solution": ["4"]}
+    with endpoint(slowly, faults=[503]) as fake:
+        judge = spec("judge", fake.url, chat_options={"model": "judge-1", "backoff": 0.2})
+        with RewardPool([judge], num_workers=1, timeout_s=0.5) as pool:
+            report = pool.score(["t"], ["4"], columns)
+        assert fake.answered() == 2
+    assert report.outcome_of["judge"] == ["ok"] and report.scores["judge"] == [1.0]
 
 
 # -- in a GRPO run --------------------------------------------------------------------------------

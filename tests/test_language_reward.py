@@ -61,6 +61,7 @@ def test_the_share_of_target_words(text, language, value):
         "<step>因此</step> https://example.com/path 如下",
         "设 x 为 y 的 sin",
         "x_1 和 a2 以及 3n",
+        "四边形 ABCD 中 AB = 5 cm 且 m 为 3 kg",
     ],
 )
 def test_mathematics_code_and_markup_are_no_words(text):
@@ -81,6 +82,7 @@ def test_mathematics_is_no_place_to_hide():
         "因此 therefore_the_answer_is_three",
         "因此 therefore1the2answer",
         "因此 __therefore__ the_1answer",
+        "因此 SO THE SUM OF THEM IS TEN",
     ],
 )
 def test_tags_and_names_are_no_place_to_hide(text):

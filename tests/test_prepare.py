@@ -75,7 +75,7 @@ def test_batched_rewards_that_cannot_be(inputs, tmp_path, changes, words):
 
 @pytest.mark.parametrize("where", ["reward_funcs", "eval_reward"])
 def test_the_sandbox_tier_is_told_and_recorded(inputs, tmp_path, monkeypatch, capsys, where):
-    monkeypatch.setattr(prepare, "find_sandbox", lambda: Sandbox("a tier", "python", "/usr"))
+    monkeypatch.setattr(prepare, "find_sandbox", lambda **_: Sandbox("a tier", "python", "/usr"))
     if where == "reward_funcs":
         names = config_of(inputs, tmp_path).reward_funcs
         changes = {"reward_funcs": [*names, "code"], "batched_reward_funcs": names}
@@ -91,7 +91,7 @@ def test_the_sandbox_tier_is_told_and_recorded(inputs, tmp_path, monkeypatch, ca
     assert train_grpo(config_of(inputs, tmp_path, **changes)) == 0
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["inputs"]["sandbox"] == {"tier": "a tier"}
-    monkeypatch.setattr(prepare, "find_sandbox", lambda: Sandbox("another", "python", "/usr"))
+    monkeypatch.setattr(prepare, "find_sandbox", lambda **_: Sandbox("another", "python", "/usr"))
     again = config_of(inputs, tmp_path, **changes | {"max_steps": 3})
     assert train_grpo(again, resume=str(tmp_path)) == 0
     manifest = json.loads((tmp_path / "manifest.json").read_text())
@@ -100,13 +100,25 @@ def test_the_sandbox_tier_is_told_and_recorded(inputs, tmp_path, monkeypatch, ca
 
 
 def test_code_rewards_without_a_sandbox_are_refused_at_once(inputs, tmp_path, monkeypatch):
-    def refuse():
+    def refuse(*, allow_rlimits_only):
+        assert not allow_rlimits_only
         raise SandboxError(f"no sandbox for foreign code: {RLIMITS_ONLY}")
 
     monkeypatch.setattr(prepare, "find_sandbox", refuse)
     with pytest.raises(UserError, match="reward 'code': no sandbox for foreign code"):
         train_grpo(config_of(inputs, tmp_path / "new", reward_funcs=["code"]))
     assert not (tmp_path / "new").exists()
+
+
+def test_the_weaker_sandbox_is_there_for_who_asks(inputs, tmp_path, monkeypatch, capsys):
+    def find(*, allow_rlimits_only):
+        return Sandbox(RLIMITS_ONLY if allow_rlimits_only else "strong", "python", "/usr")
+
+    monkeypatch.setattr(prepare, "find_sandbox", find)
+    for args, tier in (({}, "strong"), ({"code": {"allow_rlimits_only": True}}, RLIMITS_ONLY)):
+        changes = {"reward_funcs": ["code"], "reward_args": args}
+        assert train_grpo(config_of(inputs, tmp_path, **changes), dry_run=True) == 0
+        assert f"in the sandbox tier {tier!r}" in capsys.readouterr().err
 
 
 def test_without_a_code_reward_no_sandbox_is_looked_for(inputs, tmp_path, monkeypatch, capsys):

@@ -2,11 +2,13 @@
 that are a boundary, where they exist, and afterwards nothing of it may be left."""
 
 import dataclasses
+import errno
 import os
 import pathlib
 import platform
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,7 @@ from grpo_engine.rewards import sandbox as sandboxes
 from grpo_engine.rewards import sandbox_run
 from grpo_engine.rewards.sandbox import BUBBLEWRAP, NAMESPACES, RLIMITS_ONLY, find_sandbox
 from grpo_engine.rewards.sandbox_run import Limits, SandboxError
+from grpo_engine.rewards.seccomp import seccomp_filter
 
 
 @pytest.fixture(scope="module", params=[BUBBLEWRAP, NAMESPACES])
@@ -231,11 +234,27 @@ def test_processes_are_limited_in_each_sandbox_alone(sandbox):
             "    try: os.close(os.open(f'/tmp/{i}', os.O_CREAT))\n    except OSError: pass",
             "files",
         ),
+        # What is in their buffers counts as nobody's memory.
+        (
+            "import os, socket, time\nos.fork()\nkept = []\nwhile len(kept) < 20:\n"
+            "    kept.append(socket.socketpair())\n"
+            "    for one in kept[-1]:\n"
+            "        one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 26)\n"
+            "        one.setblocking(False)\n"
+            "        try:\n            while True: one.send(b'x' * 65536)\n"
+            "        except BlockingIOError: pass\n"
+            "time.sleep(60)",
+            "sockets",
+        ),
     ],
 )
-def test_memory_and_files_of_the_whole_sandbox_are_watched(sandbox, code, end):
+def test_memory_files_and_sockets_of_the_whole_sandbox_are_watched(sandbox, code, end):
     ended = run(sandbox, code, wall_s=10, memory_mb=256)
     assert ended.end == end
+
+
+def test_it_is_the_first_to_go_when_the_machine_runs_out_of_memory(sandbox):
+    assert output(sandbox, "print(open('/proc/self/oom_score_adj').read())") == "1000"
 
 
 # Walls
@@ -336,6 +355,54 @@ def test_the_system_call_filter_refuses_what_no_program_needs(sandbox):
     assert output(sandbox, code) == ""
 
 
+def verdict_of_filter(number, first_argument=0):
+    """The return value of the filter's program for a system call, by the rules of classic BPF."""
+    program = list(struct.iter_unpack("=HBBI", seccomp_filter()))
+    audit_number = 0xC000003E if platform.machine() == "x86_64" else 0xC00000B7
+    content = {0: number, 4: audit_number, 16: first_argument}
+    value = at = 0
+    while True:
+        code, when_true, when_false, constant = program[at]
+        if code == 0x06:
+            return constant
+        if code == 0x20:
+            value = content[constant]
+            holds = None
+        else:
+            holds = {0x15: value == constant, 0x35: value >= constant, 0x45: value & constant}[code]
+        at += 1 + (0 if holds is None else when_true if holds else when_false)
+
+
+ALLOWED, REFUSED, NO_SUCH_FAMILY = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.EAFNOSUPPORT
+
+
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "aarch64"), reason="no system-call filter for this CPU"
+)
+def test_the_filter_lets_no_socket_past_the_network_namespace():
+    x86 = platform.machine() == "x86_64"
+    for number in (41, 53) if x86 else (198, 199):  # socket, socketpair
+        verdicts = {family: verdict_of_filter(number, family) for family in range(64)}
+        allowed = {family for family, verdict in verdicts.items() if verdict == ALLOWED}
+        assert allowed == {1, 2, 10, 16}
+        assert set(verdicts.values()) == {ALLOWED, NO_SUCH_FAMILY}
+        assert verdict_of_filter(number, (1 << 32) - 1) == NO_SUCH_FAMILY
+    clone, getpid, io_setup = (56, 39, 206) if x86 else (220, 172, 0)
+    assert verdict_of_filter(clone, 0x11) == verdict_of_filter(getpid) == ALLOWED
+    assert verdict_of_filter(clone, 0x10000011) == verdict_of_filter(io_setup) == REFUSED
+
+
+def test_sockets_of_other_families_are_not_opened(sandbox):
+    code = (
+        "import socket\n"
+        "for family in range(64):\n"
+        "    for kind in (1, 2, 3, 5):\n"
+        "        try: socket.socket(family, kind).close(); print(family)\n"
+        "        except OSError: pass"
+    )
+    assert set(output(sandbox, code).split()) <= {"1", "2", "10", "16"}
+
+
 @pytest.mark.parametrize(
     "code",
     [
@@ -391,6 +458,17 @@ def test_a_sandbox_that_does_not_start_is_an_error_and_never_a_verdict(sandbox, 
     broken = sandboxes.Sandbox(sandbox.tier, "/usr/bin/no-such-python", "/usr")
     with pytest.raises(SandboxError, match="no-such-python"):
         run(broken, "print(1)")
+
+
+@pytest.mark.parametrize("place", ["pipe", "dup", "pidfd_open"])
+def test_a_machine_without_descriptors_is_an_error_and_never_a_verdict(sandbox, place, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(sandboxes.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(sandbox_run.os, place, refuse)
+    with pytest.raises(SandboxError, match="Too many open files"):
+        run(sandbox, "print(1)")
 
 
 def test_starting_is_tried_again(sandbox, monkeypatch):

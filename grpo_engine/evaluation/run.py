@@ -20,13 +20,15 @@ from grpo_engine.interrupt import Interrupt
 from grpo_engine.manifest import code_version, package_versions, rows_sha256
 from grpo_engine.metrics import write_atomically
 from grpo_engine.prepare import load_prompts, sandbox_tier, think_tag_is_open
+from grpo_engine.progress import say
 from grpo_engine.rewards import RewardPool, RewardSpec
 from grpo_engine.rewards.answers import marked_answers, text_after_thinking
 from grpo_engine.rewards.choice import chosen_letters
+from grpo_engine.rewards.registry import rules_sha256
 from grpo_engine.sampling.folder import identity
 from grpo_engine.sampling.model import Drawn, SamplingModel
 from grpo_engine.sampling.run import Count, ErrorBudget, SampledRun, run_sampled
-from grpo_engine.sampling.samples import Cell, SampleFile
+from grpo_engine.sampling.samples import Cell, SampleFile, fingerprint
 from grpo_engine.sampling.series import Series, draw_missing
 
 RESULTS_FILE = "results.json"
@@ -71,7 +73,8 @@ class Evaluation(SampledRun):
 
     def __post_init__(self) -> None:
         config = self.config
-        self.identity = identity(self.sources)
+        self.identity = identity(self.inputs_of_samples())
+        self.judged_by = fingerprint(self.sources["judge"])
         self.errors = ErrorBudget(
             "max_reward_error_rate", config.max_reward_error_rate, "samples could not be judged"
         )
@@ -80,10 +83,14 @@ class Evaluation(SampledRun):
         self.found: dict[str, Any] = {}  # results.json
 
     def inputs_of_samples(self) -> dict[str, dict[str, Any]]:
+        """Without the judge: an answer that is there can be judged again."""
+        return {group: one for group, one in self.sources.items() if group != "judge"}
+
+    def inputs(self) -> dict[str, dict[str, Any]]:
         return self.sources
 
     def key_of(self, cell: Cell) -> str | None:
-        """What the tokens of a sample depend on, and what its verdict does."""
+        """What the tokens of a sample depend on, and what the right answer is."""
         return self.series.key(cell, self.identity)
 
     def open_files(self, stack: ExitStack, *, empty: bool) -> None:
@@ -92,10 +99,29 @@ class Evaluation(SampledRun):
         )
 
     def make(self, interrupt: Interrupt, bar: Bar) -> str:
+        self.judge_again(interrupt)
         self.sample(interrupt, bar)
         self.found = self.figures()
         write_atomically(self.folder / RESULTS_FILE, json.dumps(self.found, indent=1) + "\n")
         return "finished"
+
+    def judge_again(self, interrupt: Interrupt) -> None:
+        """Where another judge, or an earlier version of it, has judged what is there."""
+        there = self.samples.samples
+        if all(one.judge == self.judged_by for one in there.values()):
+            return
+        say(f"judging {len(there)} samples again: their verdicts are of another judge or version")
+        errors = replace(self.errors)
+
+        def judged(samples: list[Sample]) -> list[Sample]:
+            drawn = [Drawn(one.completion, one.length, one.finish_reason) for one in samples]
+            with interrupt.abortable():
+                again = self.judge([one.cell for one in samples], drawn)
+            errors.add(len(again), sum(one.unjudged for one in again), self.errors.first)
+            errors.check(len(there))
+            return again
+
+        self.samples.rewrite(self.config.generation_batch_size, judged)
 
     def sample(self, interrupt: Interrupt, bar: Bar) -> None:
         """Draw and judge what is not there yet, batch by batch."""
@@ -138,6 +164,7 @@ class Evaluation(SampledRun):
                 answers=None if outcome == "no_answer" else self.answers(text, row),
                 score=score,
                 outcome=outcome,
+                judge=self.judged_by,
             )
             for cell, row, (text, length, reason), (score, outcome) in zip(
                 cells, rows, drawn, verdicts, strict=True
@@ -260,8 +287,8 @@ def inputs_of(
     model: SamplingModel,
     spec: RewardSpec,
 ) -> dict[str, Any]:
-    """What the samples and their verdicts come from, by content. A change in any of it makes
-    another evaluation."""
+    """What the samples and their verdicts come from, by content. A change in any of it but the
+    judge makes another evaluation."""
     versions = package_versions()
     judge = {name: versions[name] for name in ("math-verify", "reasoning-gym") if name in versions}
     rows = [prompt.row for prompt in series.prompts]
@@ -279,6 +306,7 @@ def inputs_of(
             "reward": spec.function,
             "thinking_prefilled": spec.args["thinking_prefilled"],
             "timeout_s": config.reward_timeout,
+            "rules_sha256": rules_sha256(),
             **judge,
         },
     }

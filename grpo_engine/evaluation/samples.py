@@ -20,6 +20,7 @@ class Sample:
     answers: list[str] | None  # as marked in the completion; None where it marks none
     score: float | None  # None: could not be judged
     outcome: str  # of the reward: ok, no_answer, timeout, error ...
+    judge: str = ""  # hash of what judged it
 
     @property
     def cell(self) -> Cell:

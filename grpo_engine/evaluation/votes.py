@@ -15,7 +15,6 @@ from typing import Any
 
 from grpo_engine.evaluation.samples import Sample
 from grpo_engine.rewards import accuracy_reward
-from grpo_engine.rewards.answers import MAX_ANSWER_CHARS
 from grpo_engine.rewards.exact import exact_value
 from grpo_engine.rewards.notation import normalise
 from grpo_engine.rewards.symbolic import math_verify_installed
@@ -85,7 +84,7 @@ def _maths_vote(sample: Sample) -> Any:
     if sample.answers is None:
         return None
     texts = sorted({normalise(answer) for answer in sample.answers})
-    if sample.unjudged or len(texts) > 1 or len(texts[0]) > MAX_ANSWER_CHARS:
+    if sample.outcome != "ok" or len(texts) > 1:
         return ("text", *texts)  # several answers, or one that the verifier could not deal with
     value = exact_value(texts[0])
     return ("answer", texts[0]) if value is None else ("number", value)

@@ -17,7 +17,7 @@ from grpo_engine.rejection.config import JUDGE_SAMPLING, SampleConfig
 from grpo_engine.rewards import RewardPool, RewardReport, RewardSpec
 from grpo_engine.rewards.answers import text_after_thinking
 from grpo_engine.rewards.judge import ChatModel, correctness, prompt_hash, question_text
-from grpo_engine.rewards.registry import source_sha256
+from grpo_engine.rewards.registry import rules_sha256, source_sha256
 from grpo_engine.rewards.scores import FAILURES
 from grpo_engine.types import UserError
 
@@ -101,6 +101,7 @@ class Verifier:
             "reward_args": config.reward_args,
             "reward_domains": config.reward_domains,
             "timeout_s": config.reward_timeout,
+            "rules_sha256": rules_sha256(),
             **{name: versions[name] for name in PACKAGES if name in versions},
         }
         sources = {one: source_sha256(one) for one in config.reward_funcs if ":" in one}

@@ -14,9 +14,11 @@ from typing import Any
 
 MAX_ANSWER_CHARS = 2000
 MAX_DISTINCT_ANSWERS = 4
+_MAX_NESTED_BOXES = 8
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_ANSWER_LINE = re.compile(r"\banswer\s*:[ \t]*([^\n]*)", re.IGNORECASE)
+_ANSWER_LINE = re.compile(r"\banswer\s*[:\uff1a][ \t]*([^\n]*)", re.IGNORECASE)
+_EMPHASIS = re.compile(r"\*\*([^*]+)\*\*|`([^`]+)`")
 
 
 def completion_text(completion: Any) -> str:
@@ -41,16 +43,28 @@ def text_after_thinking(text: str, thinking_prefilled: bool = False) -> str | No
 
 
 def boxed_answers(text: str) -> list[str] | None:
-    """Contents of every outermost ``\\boxed{...}``, in order; None when one is never closed."""
+    """Contents of every outermost ``\\boxed{...}``, in order, boxes within taken off; None when one
+    is never closed."""
     found = []
     position = 0
     while box := _BOX.search(text, position):
         end = _closing_brace(text, box.end())
         if end is None:
             return None
-        found.append(text[box.end() : end].strip())
+        found.append(_unboxed(text[box.end() : end]).strip())
         position = end + 1
     return found
+
+
+def _unboxed(content: str) -> str:
+    """``\\boxed{x=\\boxed{5}}`` holds ``x=5``."""
+    for _ in range(_MAX_NESTED_BOXES if len(content) <= MAX_ANSWER_CHARS else 0):
+        box = _BOX.search(content)
+        end = None if box is None else _closing_brace(content, box.end())
+        if end is None:
+            break
+        content = content[: box.start()] + content[box.end() : end] + content[end + 1 :]
+    return content
 
 
 def _closing_brace(text: str, start: int) -> int | None:
@@ -98,7 +112,9 @@ def _answer_blocks(text: str) -> list[str] | None:
         content, closed, _ = piece.partition("</answer>")
         if not closed:
             return None
-        blocks.append(content.strip())
+        content = content.strip()
+        emphasised = _EMPHASIS.fullmatch(content)
+        blocks.append((emphasised[1] or emphasised[2]).strip() if emphasised else content)
     return blocks
 
 

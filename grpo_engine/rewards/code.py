@@ -32,6 +32,7 @@ import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import NoneType
 from typing import Any
 
 from grpo_engine.rewards.answers import completion_text, text_after_thinking
@@ -163,19 +164,18 @@ class _Trial:
 
     def _passes_check(self, tests: Mapping[str, Any]) -> bool:
         job = {"kind": "check", "code": tests["code"], "entry_point": tests["entry_point"]}
-        with self._start(self._candidate(tests)) as candidate, self._start(job) as test:
+        with self._start(job) as test:
             test.limits = self._left()
-            message = test.receive()
-            calls = 0
-            while isinstance(message, dict) and "args" in message:
-                calls += 1
-                reply = self._ask(candidate, message)
-                plain = _is_value(reply) and _depth(reply) <= _MAX_REPLY_DEPTH
-                if not plain and not _is_exception(reply):
-                    return False
-                message = self._ask(test, reply)
-        if message is None and calls == 0:
-            raise _UnusableTestsError(f"the test ended by {test.end} before its first call")
+            message = test.receive()  # before any foreign code runs: a failure is the test's own
+            if message is None:
+                raise _UnusableTestsError(f"the test ended by {test.end} before its first call")
+            with self._start(self._candidate(tests)) as candidate:
+                while isinstance(message, dict) and "args" in message:
+                    reply = self._ask(candidate, message)
+                    plain = _is_value(reply) and _depth(reply) <= _MAX_REPLY_DEPTH
+                    if not plain and not _is_exception(reply):
+                        return False
+                    message = self._ask(test, reply)
         if message is None:
             return False
         if message["done"]["unusable"]:
@@ -278,9 +278,25 @@ def checked_tests(tests: Any) -> dict[str, Any]:
             raise ValueError(f"tests: case {index} is not an object")
         if kind == "stdio" and not all(isinstance(case.get(k), str) for k in ("input", "output")):
             raise ValueError(f"tests: case {index} needs the strings input and output")
-        if kind == "call" and "expected" not in case:
-            raise ValueError(f"tests: case {index} has no expected value")
+        if kind == "call":
+            _check_call(case, f"tests: case {index}")
     return dict(tests)
+
+
+def _check_call(case: Mapping[str, Any], where: str) -> None:
+    """ValueError for a call that no program could answer rightly."""
+    if not isinstance(case.get("args"), (list, tuple, NoneType)):
+        raise ValueError(f"{where}: args must be a list")
+    if not isinstance(case.get("kwargs"), (Mapping, NoneType)):
+        raise ValueError(f"{where}: kwargs must be an object")
+    if "expected" not in case:
+        raise ValueError(f"{where} has no expected value")
+    try:
+        passable = matches(encode(case["expected"]), case["expected"])
+    except NotPlainError:
+        passable = False
+    if not passable:  # not a number, nested too deeply, no JSON value
+        raise ValueError(f"{where}: the expected value does not equal itself")
 
 
 def judge_code(

@@ -289,22 +289,24 @@ def _one(
     ) -> tuple[float | None, str]:
         if needs is not None and row.get(needs) is None:
             return None, "none"
-        [score] = function(
-            [completion],
-            [row["prompt"]],  # the row's own: the one the model saw has a template around it
-            **({} if needs is None else {needs: [row[needs]]}),
-            chat_model=chat_model,
-            chat_options=chat_options,
-            cache=cache,
-            thinking_prefilled=thinking_prefilled,
-            seed=seed,
-            temperature=temperature,
-            max_tokens=max_tokens,
-            attempts=attempts,
-        )
+        model = _loaded(chat_model, chat_options, cache)
+        # It keeps deadlines of its own and tries again; the pool's is made for loops in a function.
+        with loading():
+            [score] = function(
+                [completion],
+                [row["prompt"]],  # the row's own: the one the model saw has a template around it
+                **({} if needs is None else {needs: [row[needs]]}),
+                chat_model=chat_model,
+                chat_options=chat_options,
+                cache=cache,
+                thinking_prefilled=thinking_prefilled,
+                seed=seed,
+                temperature=temperature,
+                max_tokens=max_tokens,
+                attempts=attempts,
+            )
         if score is None:
-            reason = _loaded(chat_model, chat_options, cache).first_failure
-            raise JudgeFailure(reason or "no readable verdict")
+            raise JudgeFailure(model.first_failure or "no readable verdict")
         return score, "ok"
 
     return judge

@@ -14,8 +14,9 @@ The paper does not say how words are found nor what tells their language. Here:
 
 Not counted: the Latin letters of mathematics and code (other letters in them do count, or ``$``
 would be a place to hide), LaTeX commands, bare tags, addresses, names like ``x_1``, single Latin
-and Greek letters, and text quoted from the prompt. Where the prompt is written in the target's
-script, its foreign words (names, terms) are not counted either.
+and Greek letters, labels of two to four capitals that stand alone (``AB = 5``), units of measure
+(``cm``), and text quoted from the prompt. Where the prompt is written in the target's script, its
+foreign words (names, terms) are not counted either.
 
 A share near 1 hides a leak of a few characters, so ``off_script_characters`` counts those; training
 logs its mean, of the reasoning and of the answer apart.
@@ -74,7 +75,14 @@ _MARKUP = re.compile(rf"\\[A-Za-z]{{1,20}}|</?(?:{_TAGS}) ?/?>|https?://[!-~]+")
 _IDENTIFIER = re.compile(
     r"(?<![A-Za-z0-9_])(?=[A-Za-z]*[0-9_])(?:[A-Za-z]{0,2}[0-9_])+[A-Za-z]{0,2}(?![A-Za-z0-9_])"
 )
-_MATHS_WORDS = set(re.findall("[a-z]+", "sin cos tan log ln exp lim max min mod gcd lcm det arg"))
+# ABCD, but not where words stand beside it: text in capitals is text.
+_LABEL = re.compile(r"(?<![A-Za-z])(?<![A-Za-z] )[A-Z]{2,4}(?![A-Za-z]| [A-Za-z])")
+_MATHS_WORDS = set(
+    re.findall(
+        "[a-z]+",
+        "sin cos tan log ln exp lim max min mod gcd lcm det arg km cm mm kg mg ml hz rad deg",
+    )
+)
 _SENTENCE = re.compile(r"[^.!?\n。！？]+")
 _SHORTEST_SENTENCE = 5  # words; the detector guesses below that
 
@@ -188,7 +196,7 @@ def _cleaned(text: str) -> str:
         text = " ".join(
             _ASCII_LETTERS.sub(" ", part) if inside else part for part, inside in pieces
         )
-    return _IDENTIFIER.sub(" ", _MARKUP.sub(" ", text))
+    return _LABEL.sub(" ", _IDENTIFIER.sub(" ", _MARKUP.sub(" ", text)))
 
 
 def _without_quotes(text: str, prompt: str) -> str:

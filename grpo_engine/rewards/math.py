@@ -14,7 +14,9 @@ equations, units, words: ``notation.py``), Math-Verify last and only inside a ki
   change a number otherwise ("5 squared", "5 plus seven") leave no number. A numeral with a base
   equals only the same numeral with that base; base ten may be left out.
 * Equations: ``x=5`` and ``=5`` answer ``5`` and the other way round; ``x=5`` is not ``y=5``. A
-  numeric equation must be true: ``2+2=5`` is not ``5``. ``5=`` is malformed and wrong.
+  numeric equation must be true: ``2+2=5`` is not ``5``. ``5=`` is malformed and wrong. Against
+  ``x=1, y=2`` the order of ``1, 2`` counts.
+* An expression is its value: ``2+3`` is ``5``.
 * Against a number that is read exactly, only an answer that names a function or constant
   (``\\sqrt{}``, ``\\pi``, ``log``) is compared symbolically. Anything else that is no exact number,
   malformed or with free variables, is wrong, whether or not Math-Verify is installed.
@@ -183,13 +185,17 @@ def _equal_containers(
                 return False
             pair = (single, container.items[0])
             return _equal_values(*(pair if gold_items is None else pair[::-1]), symbolic)
-        return bool(_RELATION.search(single)) and symbolic.equal(gold, answer)
+        # Math-Verify takes the list 1, 3 for the interval (1, 3).
+        may_be_interval = container.kind in ("(", "[") and _RELATION.search(single) is not None
+        return may_be_interval and symbolic.equal(gold, answer)
     kinds = {gold_items.kind, answer_items.kind}
     if len(gold_items.items) != len(answer_items.items):
         return False
-    if kinds <= {"{", ""}:
+    names = sorted(map(notation.number_of_names, (gold_items.items, answer_items.items)))
+    names_matter = names[0] == 0 and names[1] > 1  # "x=1, y=2" against "1, 2"
+    if kinds <= {"{", ""} and not names_matter:
         return _same_members(gold_items.items, answer_items.items, symbolic)
-    if len(kinds) == 1 or "" in kinds:
+    if len(kinds) == 1 or "" in kinds or names_matter:
         pairs = zip(gold_items.items, answer_items.items, strict=True)
         return all(_equal(one, other, symbolic) for one, other in pairs)
     return False
@@ -209,21 +215,30 @@ def _same_members(gold: list[str], answer: list[str], symbolic: Symbolic) -> boo
 
 def _equal_equations(gold: str, answer: str, symbolic: Symbolic) -> bool:
     gold_sides, answer_sides = notation.equation_sides(gold), notation.equation_sides(answer)
-    if len(gold_sides) == len(answer_sides) == 2:
-        names = gold_sides[0], answer_sides[0]
-        if names[0] == names[1] and notation.is_variable(names[0]):
-            return _equal(gold_sides[1], answer_sides[1], symbolic)
-        if exact_value(gold_sides[1]) is not None and all(map(notation.is_variable, names)):
+    name = gold_sides[0] if len(gold_sides) == 2 and notation.is_variable(gold_sides[0]) else None
+    if len(answer_sides) > 1 and name == answer_sides[0]:
+        return _equal_to_chain(gold_sides[1], answer_sides, symbolic)
+    if len(answer_sides) == 1 and name is not None:
+        return _equal(gold_sides[1], answer, symbolic)
+    if len(gold_sides) == 2:
+        both_named = name is not None and notation.is_variable(answer_sides[0])
+        if both_named and exact_value(gold_sides[1]) is not None:
             return False
         return symbolic.equal(gold, answer)
-    if len(gold_sides) == 2 and len(answer_sides) == 1:
-        if notation.is_variable(gold_sides[0]):
-            return _equal(gold_sides[1], answer, symbolic)
-        return symbolic.equal(gold, answer)
     if len(gold_sides) == 1 and len(answer_sides) > 1:
-        value = _equation_value(answer_sides)
-        return value is not None and _equal(gold, value, symbolic)
+        return _equal_to_chain(gold, answer_sides, symbolic)
     return _equal_values(gold, answer, symbolic)
+
+
+def _equal_to_chain(gold: str, sides: list[str], symbolic: Symbolic) -> bool:
+    """Whether ``a = b = ... = z`` answers ``gold``, and its constants are equal to each other."""
+    value = _equation_value(sides)
+    constants = [side for side in sides if side != value and notation.is_constant(side)]
+    return (
+        value is not None
+        and _equal(gold, value, symbolic)
+        and all(_equal(value, side, symbolic) for side in constants)
+    )
 
 
 def _equation_value(sides: list[str]) -> str | None:
@@ -232,11 +247,11 @@ def _equation_value(sides: list[str]) -> str | None:
     numbers = [side for side in sides if values[side] is not None]
     if len({values[side] for side in numbers}) > 1:
         return None
+    if not numbers:
+        return sides[-1] if any(char.isalpha() for char in sides[0]) else None
     if any(values[side] is None and not any(map(str.isalpha, side)) for side in sides):
         return None  # "3+=5"
-    if numbers:
-        return numbers[-1]
-    return sides[-1] if any(char.isalpha() for char in sides[0]) else None
+    return numbers[-1]
 
 
 def _equal_values(gold: str, answer: str, symbolic: Symbolic) -> bool:

@@ -6,19 +6,48 @@ Works on short answer strings, not on completions. Nothing here evaluates anythi
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Callable
 from typing import NamedTuple
 
-_SUBSTITUTIONS = [
+_SUPERSCRIPTS = str.maketrans(
+    "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "-0123456789"
+)
+_CHARACTERS: dict[int, int | None] = {
+    **{0xFF01 + offset: 0x21 + offset for offset in range(94)},  # of a Chinese keyboard
+    **dict.fromkeys((0x200B, 0x2060, 0xFEFF)),  # without width
+}
+
+
+def _fraction(character: re.Match[str]) -> str:
+    numerator, _, denominator = unicodedata.normalize("NFKC", character[0]).partition("\u2044")
+    return rf"\frac{{{numerator}}}{{{denominator}}}"
+
+
+_SUBSTITUTIONS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"[\u2212\u2013\u2014]"), "-"),
+    (re.compile(r"[\u00bc-\u00be\u2150-\u215e]"), _fraction),
+    (
+        re.compile(r"[\u207b\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+"),
+        lambda digits: f"^{{{digits[0].translate(_SUPERSCRIPTS)}}}",
+    ),
+    (re.compile(r"\u221a\s*(?:\(([^()]*)\)|(\d+|[a-zA-Z]))"), r"\\sqrt{\1\2}"),
+    (re.compile(r"\u2264"), r"\\le "),
+    (re.compile(r"\u2265"), r"\\ge "),
+    (re.compile(r"\u222a"), r"\\cup "),
+    (re.compile(r"\u2208"), r"\\in "),
     (re.compile(r"\u00d7"), r"\\times "),
     (re.compile(r"\u00f7"), r"\\div "),
     (re.compile(r"\u00b7"), r"\\cdot "),
     (re.compile(r"\u221e"), r"\\infty "),
     (re.compile(r"\u03c0|(?<![a-zA-Z\\])pi(?![a-zA-Z])"), r"\\pi "),
     (re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\s*"), ""),
-    (re.compile(r"\\displaystyle(?![a-zA-Z])|\\!|\\\(|\\\)|\\\[|\\\]"), ""),
+    # a second backslash in front: the end of a matrix row
+    (re.compile(r"\\displaystyle(?![a-zA-Z])|(?<!\\)\\[!()\[\]]"), ""),
+    (re.compile(r"\\langle(?![a-zA-Z])"), "("),
+    (re.compile(r"\\rangle(?![a-zA-Z])"), ")"),
     (re.compile(r"\\\$|\$"), ""),
-    (re.compile(r"\\[,;: ]|~|\\q?quad(?![a-zA-Z])"), " "),
+    (re.compile(r"(?<!\\)\\[,;: ]|(?<=.)~|\\q?quad(?![a-zA-Z])"), " "),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\%"), "%"),
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
@@ -34,6 +63,7 @@ _SUBSTITUTIONS = [
     (re.compile(r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z])"), r"\1{\2}"),
     (re.compile(r"\\sqrt\s*([0-9a-zA-Z])"), r"\\sqrt{\1}"),
     (re.compile(r"\s+"), " "),
+    (re.compile(r"\\log_(\d+) (?=\d)"), r"\\log_{\1}"),
     # a blank means something only between two digits ("3 1/2") or two words
     (re.compile(r"(?<![0-9a-zA-Z]) | (?![0-9a-zA-Z])|(?<=[0-9]) (?=[a-zA-Z]\b)"), ""),
     (re.compile(r"^([\"'])([^\"']*)\1$"), r"\2"),
@@ -67,6 +97,7 @@ class Container(NamedTuple):
 
 def normalise(text: str) -> str:
     """``text`` in one spelling: no dollar signs, sizing or spacing commands; braces filled in."""
+    text = text.translate(_CHARACTERS)
     for pattern, replacement in _SUBSTITUTIONS:
         text = pattern.sub(replacement, text)
     text = text.strip()
@@ -87,6 +118,14 @@ def may_denote_number(text: str) -> bool:
     return balanced and _VALUE_NAME.search(text) is not None
 
 
+def is_constant(text: str) -> bool:
+    """Whether ``text`` names a function or constant and has digits or \\pi, but no variable."""
+    if not may_denote_number(text) or not re.search(r"\d|\\pi", text):
+        return False
+    rest = re.sub(r"\\(?:frac|cdot|times|div)(?![a-zA-Z])", "", _VALUE_NAME.sub("", text))
+    return not re.search("[a-zA-Z]", rest)
+
+
 def equation_sides(text: str) -> list[str]:
     """The sides of ``a = b = ...``; one element when ``text`` is no equation (``<=``, ``!=``)."""
     if "=" not in text or re.search(r"[<>!=]=|\\n(?:e|eq)(?![a-zA-Z])", text):
@@ -104,27 +143,34 @@ def is_variable(text: str) -> bool:
     return _VARIABLE.fullmatch(text) is not None
 
 
+def number_of_names(items: list[str]) -> int:
+    """How many different variables the equations among ``items`` name."""
+    sides = [equation_sides(item) for item in items]
+    return len({one[0] for one in sides if len(one) == 2 and is_variable(one[0])})
+
+
 def split_container(text: str) -> Container | None:
     """The top-level items of a tuple, list, set or bare list, or None for a single value.
 
     ``(5)`` is a single value; ``[0, 1)``, unions and matrices are left to the symbolic comparison.
+    A set may lack its backslashes: ``{1, 2}``.
     ``;`` separates like ``,``. ``a \\pm b`` is two answers.
     """
     membership = _MEMBERSHIP.fullmatch(text)
     if membership:
         text = membership["rest"]
     kind, inner = _outer_bracket(text)
-    if kind == "{" or (kind and _top_level_items(inner)[1:]):
-        return Container(kind, _with_both_signs(_top_level_items(inner)))
+    if kind == r"\{" or (kind and _top_level_items(inner)[1:]):
+        return Container(kind[-1:], _with_both_signs(_top_level_items(inner)))
     items = _with_both_signs(_top_level_items(text))
     return Container("", items) if len(items) > 1 else None
 
 
 def _outer_bracket(text: str) -> tuple[str, str]:
     """("(", inside) when one bracket pair encloses all of ``text``; ("", text) otherwise."""
-    opening = {"(": ")", "[": "]"}
+    opening = {"(": ")", "[": "]", "{": "}"}
     if text.startswith(r"\{") and text.endswith(r"\}"):
-        kind, inner = "{", text[2:-2]
+        kind, inner = r"\{", text[2:-2]
     elif text[:1] in opening and text.endswith(opening[text[:1]]):
         kind, inner = text[0], text[1:-1]
     else:

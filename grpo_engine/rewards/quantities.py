@@ -100,9 +100,10 @@ def split_unit(text: str, letters: bool = False) -> Quantity:
     """``12\\text{ cm}``, ``72 clips``, ``5 million``, ``50 percent``, ``1010_2`` taken apart.
 
     Words are a unit behind ``\\text``, or behind a numeral and a blank; without the blank the unit
-    must be one known here, and a single letter counts only with ``letters``: ``5x`` and ``5m`` are
-    expressions. Where a word is no unit ("5 squared") nothing is split off, and the text is no
-    number. The base of a numeral is its unit; base ten goes without saying.
+    must be one known here, and a single letter counts only with ``letters`` or in a rate: ``5m/s``
+    has a unit, ``5x`` and ``5m`` are expressions. Where a word is no unit ("5 squared") nothing is
+    split off, and the text is no number. The base of a numeral is its unit; base ten goes without
+    saying.
     """
     if match := _BASE.fullmatch(text):
         return Quantity(match["rest"], "" if match["base"] == "10" else f"base {match['base']}")
@@ -113,7 +114,8 @@ def split_unit(text: str, letters: bool = False) -> Quantity:
     if match := _TEXT_UNIT.fullmatch(text) or _WORD_UNIT.fullmatch(text):
         return _quantity(match) or Quantity(text)
     match = _GLUED_UNIT.fullmatch(text)
-    if match and all(_is_known(word, letters) for word in match["unit"].split("/")):
+    words = match["unit"].split("/") if match else []
+    if words and all(_is_known(word, letters or len(words) > 1) for word in words):
         return _quantity(match) or Quantity(text)
     return Quantity(text)
 
@@ -154,7 +156,7 @@ def _one_spelling(words: list[str], power: str) -> str:
 
 
 def _singular(word: str) -> str:
-    word = word.lower().rstrip(".,")
+    word = word.lower().strip("()[].,;:")
     if word in _UNITS or word in _NEVER_UNITS or len(word) < 3:
         return word
     if word.endswith(("xes", "ches", "shes", "sses")):

@@ -23,6 +23,7 @@ import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -79,9 +80,9 @@ class Sandbox:
         """
         limits = limits or Limits()
         with contextlib.ExitStack() as stack:
-            directory = "/" if self.is_boundary else stack.enter_context(_work_directory())
             for attempt in range(1, _START_ATTEMPTS + 1):
                 try:
+                    place = "/" if self.is_boundary else stack.enter_context(_work_directory())
                     run = SandboxRun(
                         functools.partial(self.command, limits),
                         job,
@@ -89,12 +90,13 @@ class Sandbox:
                         limits=limits,
                         lifetime_s=limits.wall_s if lifetime_s is None else lifetime_s,
                         isolated=self.is_boundary,
-                        directory=directory,
+                        directory=place,
                     )
                     break
-                except SandboxError:
+                except (SandboxError, OSError, subprocess.SubprocessError) as error:
+                    # OSError: no descriptor, process or memory left on the host
                     if attempt == _START_ATTEMPTS:
-                        raise
+                        raise SandboxError(str(error)) from error
                     time.sleep(0.1 * attempt)
             with run:
                 yield run

@@ -1,9 +1,9 @@
 """One program in one sandbox: started, talked to, watched, and ended without a trace.
 
 The limits of the kernel hold for each process. What the sandbox uses as a whole (time, output,
-memory, number of files) is watched from here, every 50 ms. Ending it is one SIGKILL, through a
-pidfd, to process 1 of its namespace; the kernel then ends all the others, and the launcher, whose
-exit we wait for, reaps process 1: no zombie is left to anybody.
+memory, number of files and of sockets) is watched from here, every 50 ms. Ending it is one SIGKILL,
+through a pidfd, to process 1 of its namespace; the kernel then ends all the others, and the
+launcher, whose exit we wait for, reaps process 1: no zombie is left to anybody.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Limits:
     """What one sandbox may use.
 
     ``memory_mb`` holds for each process and for all together; ``disk_mb`` for each of /tmp and
-    /work, which are in memory; ``wall_s`` for each wait; ``output_bytes`` for stdout, for stderr
+    /work, which are in memory; ``sockets`` for all processes together, because nothing else counts
+    the memory of their buffers; ``wall_s`` for each wait; ``output_bytes`` for stdout, for stderr
     and for one message.
     """
 
@@ -56,6 +57,7 @@ class Limits:
     open_files: int = 128
     disk_mb: int = 64
     inodes: int = 10_000
+    sockets: int = 64
     output_bytes: int = _MIB
 
     def for_kernel(self, lifetime_s: float) -> dict[str, int]:
@@ -85,9 +87,10 @@ class SandboxRun:
     """A running sandbox. Use as a context manager: leaving it ends everything inside.
 
     ``end`` says how it ended, None while it runs: ``exited`` (see ``exit_code``; 128 + N for
-    signal N), ``closed``, or the limit it reached: ``time``, ``output``, ``memory``, ``files``.
-    Raises SandboxError when the program could not be started. ``isolated`` is False for a launcher
-    without namespaces, whose process group is all that can be ended.
+    signal N), ``closed``, or the limit it reached: ``time``, ``output``, ``memory``, ``files``,
+    ``sockets``.
+    Raises SandboxError or OSError when the program could not be started. ``isolated`` is False for
+    a launcher without namespaces, whose process group is all that can be ended.
     """
 
     def __init__(
@@ -172,26 +175,24 @@ class SandboxRun:
         status_read, status_write = self._pipe()
         seccomp_read, seccomp_write = self._pipe()
         ours, theirs = (end.detach() for end in socket.socketpair())
+        self._descriptors |= {ours, theirs}
         self._channel = os.dup(ours)  # for writing: a selector takes a descriptor once
-        self._descriptors |= {ours, theirs, self._channel}
+        self._descriptors.add(self._channel)
         os.write(seccomp_write, seccomp_filter())  # far below a pipe's capacity
         root = os.getuid() == 0
-        try:
-            self._process = subprocess.Popen(
-                command(Descriptors(theirs, status_write, seccomp_read)),
-                stdin=stdin_read,
-                stdout=stdout_write,
-                stderr=stderr_write,
-                pass_fds=(theirs, status_write, seccomp_read),
-                cwd=directory,
-                env=_environment("/work" if self._isolated else directory),
-                # With namespaces the launcher stays in our group: it dies with us.
-                start_new_session=not self._isolated,
-                **(dict(user=NOBODY, group=NOBODY, extra_groups=[]) if root else {}),
-            )
-            exit_notice = os.pidfd_open(self._process.pid)
-        except OSError as error:
-            raise SandboxError(str(error)) from error
+        self._process = subprocess.Popen(
+            command(Descriptors(theirs, status_write, seccomp_read)),
+            stdin=stdin_read,
+            stdout=stdout_write,
+            stderr=stderr_write,
+            pass_fds=(theirs, status_write, seccomp_read),
+            cwd=directory,
+            env=_environment("/work" if self._isolated else directory),
+            # With namespaces the launcher stays in our group: it dies with us.
+            start_new_session=not self._isolated,
+            **(dict(user=NOBODY, group=NOBODY, extra_groups=[]) if root else {}),
+        )
+        exit_notice = os.pidfd_open(self._process.pid)
         for end in (stdin_read, stdout_write, stderr_write, status_write, theirs):
             self._close_descriptor(end)
         self._close_descriptor(seccomp_read)
@@ -342,7 +343,7 @@ class SandboxRun:
         self._process.wait()
 
     def _watch(self) -> None:
-        """End the sandbox if all of it together has passed the memory or the file limit."""
+        """End the sandbox if all of it together has passed a limit."""
         if self._first_pid == 0:
             return
         passed = None
@@ -352,6 +353,8 @@ class SandboxRun:
             _files_in(self._first_pid, place) > self.limits.inodes for place in ("tmp", "work")
         ):
             passed = "files"
+        elif _sockets_in(self._first_pid) > self.limits.sockets:
+            passed = "sockets"
         if passed is not None and not _has_exited(self._first_pidfd):
             self._kill(passed)  # it was ours we measured, not another under the same number
 
@@ -398,3 +401,12 @@ def _files_in(pid: int, place: str) -> int:
     except OSError:
         return 0  # ended while we looked; a live one of ours is always readable
     return found.f_files - found.f_ffree
+
+
+def _sockets_in(pid: int) -> int:
+    """Open sockets of the network namespace of ``pid``."""
+    try:
+        words = Path(f"/proc/{pid}/net/sockstat").read_text().split()
+    except OSError:
+        return 0  # ended while we looked
+    return int(words[words.index("used") + 1])

@@ -2,8 +2,11 @@
 
 Namespaces take away the host, but a program in them still talks to the whole kernel. The filter
 refuses what makes new namespaces or mounts, looks into other processes, allocates memory that no
-limit counts (memfd, System V), or has been a habitual source of kernel bugs (io_uring, bpf, perf,
-keyrings, userfaultfd). Everything else is allowed: this is a second wall, not the first.
+limit counts (memfd, System V), takes from a stock that the whole machine shares (io_setup), or has
+been a habitual source of kernel bugs (io_uring, bpf, perf, keyrings, userfaultfd). Sockets are of
+the local and Internet families only: the network namespace does not hold the others, and a
+``AF_VSOCK`` socket reaches the host of a virtual machine. Everything else is allowed: this is a
+second wall, not the first.
 """
 
 from __future__ import annotations
@@ -49,6 +52,7 @@ _REFUSED = {
     "semget": (64, 190),
     "msgget": (68, 186),
     "mq_open": (240, 180),
+    "io_setup": (206, 0),
     "pidfd_getfd": (438, 438),
     "open_tree": (428, 428),
     "move_mount": (429, 429),
@@ -65,6 +69,8 @@ _REFUSED = {
 }
 _ARCHITECTURES = {"x86_64": (0xC000003E, 0, 56), "aarch64": (0xC00000B7, 1, 220)}  # + clone
 _CLONE3 = 435
+_SOCKETS = ((41, 198), (53, 199))  # socket, socketpair
+_FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK (lists the interfaces)
 _NEW_NAMESPACES = 0x7E020000  # CLONE_NEW*: user, pid, net, ipc, uts, cgroup, mount
 _X32 = 0x40000000
 _LOAD, _JUMP_EQ, _JUMP_GE, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -89,6 +95,11 @@ def seccomp_filter() -> bytes:
     program += [(_JUMP_EQ, 0, 1, _CLONE3), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
     for numbers in _REFUSED.values():
         program += [(_JUMP_EQ, 0, 1, numbers[column]), (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
+    for numbers in _SOCKETS:
+        left = len(_FAMILIES)  # comparisons until the refusal
+        program += [(_JUMP_EQ, 0, left + 3, numbers[column]), (_LOAD, 0, 0, _FIRST_ARGUMENT_AT)]
+        program += [(_JUMP_EQ, left - at, 0, family) for at, family in enumerate(_FAMILIES)]
+        program += [(_RETURN, 0, 0, _ERRNO | errno.EAFNOSUPPORT), (_RETURN, 0, 0, _ALLOW)]
     program += [
         (_JUMP_EQ, 0, 3, clone),
         (_LOAD, 0, 0, _FIRST_ARGUMENT_AT),

@@ -75,7 +75,9 @@ def _parse(text: str) -> tuple[Any, ...]:
 def _verify(gold: tuple[Any, ...], answer: tuple[Any, ...]) -> bool:
     if not gold or not answer:
         return False
-    return bool(_math_verify().verify(list(gold), list(answer), timeout_seconds=None))
+    # Whichever of the two is the interval: (-oo, 3) is x < 3, and x < 3 is (-oo, 3).
+    options = {"timeout_seconds": None, "allow_set_relation_comp": True}
+    return bool(_math_verify().verify(list(gold), list(answer), **options))
 
 
 @lru_cache(maxsize=4096)

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -154,13 +155,7 @@ class SampleFile(AbstractContextManager):
         keys = [self.key_of(one.cell) for one in batch]
         name = {"batch": fingerprint(keys), "batch_size": len(batch)}
         rows = zip(keys, batch, notes or [{}] * len(batch), strict=True)
-        # Lone surrogates cannot be written as UTF-8; a byte-level tokenizer never decodes to one.
-        lines = [
-            (
-                json.dumps({"key": key, **asdict(one), **note, **name}, ensure_ascii=False) + "\n"
-            ).encode("utf-8", "replace")
-            for key, one, note in rows
-        ]
+        lines = [_line({"key": key, **asdict(one), **note, **name}) for key, one, note in rows]
         offset = self._file.seek(0, os.SEEK_END)
         self._file.write(b"".join(lines))
         self._file.flush()
@@ -168,6 +163,36 @@ class SampleFile(AbstractContextManager):
         for one, line in zip(batch, lines, strict=True):
             self._offsets[one.cell] = offset
             offset += len(line)
+
+    def rewrite(self, size: int, change: Callable[[list[Any]], list[Any]]) -> None:
+        """Put what ``change`` makes of every ``size`` samples in their place. The file is the old
+        one until the new one is whole."""
+        path = self.path.with_suffix(".new")
+        new = open(path, "w+b")  # noqa: SIM115 (takes the place of the file)
+        try:
+            lock(new, self.path.parent, self.work)
+            self._file.seek(0)
+            while lines := list(islice(self._file, size)):
+                values = [json.loads(line) for line in lines]
+                changed = change([self._sample(one) for one in values])
+                pairs = zip(values, changed, strict=True)
+                new.writelines(_line({**one, **asdict(sample)}) for one, sample in pairs)
+            new.flush()
+            os.fsync(new.fileno())
+            os.replace(path, self.path)
+        except BaseException:
+            new.close()
+            path.unlink(missing_ok=True)
+            raise
+        self._file.close()
+        self._file = new
+        self._offsets.clear()
+        self._read()
+
+
+def _line(values: dict[str, Any]) -> bytes:
+    # Lone surrogates cannot be written as UTF-8; a byte-level tokenizer never decodes to one.
+    return (json.dumps(values, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
 
 class _OnDisk(Mapping):
