@@ -174,11 +174,21 @@ def test_the_paper_s_run_on_the_paper_s_model(tmp_path, monkeypatch, capsys, no_
     assert "on a GPU, of 671 B weights: weights 2.68 TB, bf16 copies 1.34 TB" in memory
 
 
-def test_held_out_answers_are_said_to_come_on_top(inputs, tmp_path, capsys, no_loading):
-    held_out = write(tmp_path / "held-out.jsonl", [{"prompt": "7+2=", "solution": "9"}])
+def test_held_out_answers_are_in_the_tokens(inputs, tmp_path, capsys, no_loading):
+    held_out = write(tmp_path / "held-out.jsonl", [{"prompt": "7+2=", "solution": "9"}] * 3)
     with pytest.raises(Loaded):
-        main(flags("grpo", inputs, tmp_path / "run", eval_dataset=held_out))
-    assert "in 6 steps; held-out answers come on top\n" in capsys.readouterr().out
+        main(flags("grpo", inputs, tmp_path / "run", eval_dataset=held_out, eval_steps=4))
+    drawn = 3 * 3 * 16  # three rows before step 1, after steps 4 and 6
+    words = f"at most {3 * 8 * 16 + drawn} tokens generated ({drawn} of them held-out answers) and "
+    assert words in capsys.readouterr().out
+
+
+def test_held_out_answers_of_unknown_number_are_said_to_come_on_top(inputs, capsys):
+    config = GRPOConfig(model=str(inputs / "model"), eval_dataset="hub/x", eval_limit=None)
+    print_estimate("grpo", config)
+    assert "in 10,400 steps; held-out answers come on top\n" in capsys.readouterr().out
+    print_estimate("grpo", config.model_copy(update={"eval_limit": 200}))
+    assert "come on top" not in capsys.readouterr().out
 
 
 def test_given_answers_cost_nothing(inputs, tmp_path, capsys):

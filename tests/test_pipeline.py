@@ -111,6 +111,18 @@ WRONG = {
         {"stages": [toy("a"), toy("b", model="runs/{a}/checkpoint-3")]},
         "stage b: --model runs/{a}/checkpoint-3: a reference is a whole value",
     ),
+    "spaces in a reference": (
+        {"stages": [toy("a"), toy("b", model="{ a }")]},
+        "stage b: --model { a }: a reference is a whole value",
+    ),
+    "a reference that is not closed": (
+        {"stages": [toy("a"), toy("b", model="{a/checkpoint-3")]},
+        "stage b: --model {a/checkpoint-3: a reference is a whole value",
+    ),
+    "a reference without quotes": (
+        {"stages": [toy("a"), toy("b", model={"a": None})]},
+        'stage b: --model {a}: wants quotes, "{a}"; YAML reads a mapping otherwise',
+    ),
 }
 
 

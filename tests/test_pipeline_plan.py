@@ -206,6 +206,38 @@ def test_tokens_of_reinforcement(tmp_path):
     assert (twice.generated, twice.trained) == (2 * 16 * 16, 2 * 2 * 16 * 32)
 
 
+def test_tokens_of_held_out_answers(tmp_path):
+    """Before the first step, every eval_steps and at the end, each with the cap of its step."""
+    sources = [tmp_path / f"{name}.jsonl" for name in ("held-out", "general")]
+    for path in sources:
+        path.write_text('{"prompt": "1+1", "solution": "2", "domain": "x"}\n' * 9)
+    chosen = {"reward_domains": {"accuracy": ["math"], "format": ["x"]}, "dataset_domain": "math"}
+    chosen |= {"general_dataset": [{"source": str(tmp_path / "more.jsonl"), "domain": "x"}]}
+    chosen |= {"eval_dataset": str(sources[0]), "eval_limit": 5, "eval_steps": 4}
+    plain = budgets(tmp_path, rl("a"))["a"]
+    alone = budgets(tmp_path, rl("a", **chosen))["a"]
+    assert (plain.held_out, alone.held_out) == (0, 3 * 5 * 16)  # steps 0, 4 and 6
+    assert alone.generated == plain.generated + alone.held_out
+    assert alone.trained == plain.trained
+    chosen["general_eval_dataset"] = [{"source": str(sources[1]), "limit": 2}]
+    both = budgets(tmp_path, rl("a", **chosen, max_completion_length={0: 16, 4: 32}))["a"]
+    assert both.held_out == 7 * (16 + 32 + 32)
+    # whose number is not known, they come on top
+    chosen["general_eval_dataset"] = [{"source": "hub/x"}]
+    more = budgets(tmp_path, rl("a", **chosen))["a"]
+    assert (more.held_out, more.generated) == (None, plain.generated)
+
+
+def test_an_evaluation_may_draw_more_at_a_time_than_a_rollout(tmp_path):
+    path = tmp_path / "held-out.jsonl"
+    path.write_text('{"prompt": "1+1", "solution": "2"}\n' * 40)  # a rollout has 16 outputs
+    plain = budgets(tmp_path, rl("a"))["a"].memory.terms
+    more = budgets(tmp_path, rl("a", eval_dataset=str(path)))["a"].memory.terms
+    assert more["KV cache"] == plain["KV cache"] * 40 // 16
+    few = budgets(tmp_path, rl("a", eval_dataset=str(path), eval_limit=3))["a"].memory.terms
+    assert few == plain
+
+
 @pytest.mark.parametrize(("kind", "answers"), [("helpful", 2), ("safety", 1)])
 def test_tokens_of_reward_models(tmp_path, kind, answers):
     """One step holds both answers of each pair."""
@@ -312,7 +344,7 @@ def test_the_r1_recipe_says_what_it_cannot_know(tmp_path, monkeypatch, capsys):
     assert f"endpoints: http://localhost:8000/v1 (for cold-start-data, {judged})" in out
     assert "more models: deepseek-ai/DeepSeek-V3-Base (for cold-start-data)" in out
     assert "stops at cold-start-data until a person has edited cold-start-edits.jsonl" in out
-    assert "tokens that come on top: held-out answers and what judges and rewriters read" in out
+    assert "tokens that come on top: what judges and rewriters read and write\n" in out
     assert main(["r1", "--recipe", "r1"]) == 2
     assert "stage r1-zero: --dataset train.jsonl: no such file" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -402,6 +434,9 @@ def test_a_bound_is_said_only_where_every_stage_has_one(tmp_path, capsys):
 
     out = planned(sample, rl("zero"))
     assert f"tokens, at most: {count(10 * 4 * 48 + 3 * 16 * 16)} generated" in out
+    assert "come on top" not in out
+    out = planned(rl("zero", eval_dataset="hub/x", eval_limit=None))
+    assert "tokens that come on top: held-out answers\n" in out
     out = planned(sample, unknown)
     assert "tokens, known stages only: at most 1.92 k generated, 0 trained on; 1 of 2 stages" in out
 

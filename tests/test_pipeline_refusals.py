@@ -114,7 +114,7 @@ def test_a_real_stage_checks_its_rows_before_its_results_are_displaced(tmp_path,
     row = {"prompt": "1 + 2 =", "completion": "<think> 1+2=3. </think> <answer> 3 </answer>"}
     rows, wrong = tmp_path / "rows.jsonl", tmp_path / "wrong.jsonl"
     rows.write_text((json.dumps(row) + "\n") * 8)
-    wrong.write_text('{"prompt": "1 + 2 ="}\n')
+    wrong.write_text(json.dumps(row) + '\n{"prompt": "1 + 2 ="}\n')
     tune = {"name": "tune", "stage": "sft", "dataset": str(rows), "max_steps": 1}
     tune |= {"sequences_per_step": 4, "max_length": 128, "max_tokens_per_microbatch": 512}
     values = {"device": "cpu", "prompt_template": "r1-zero", "stages": [tune]}
@@ -155,6 +155,7 @@ RL = {
 }
 SAMPLE = {"stage": "sample", "dataset": "reasoning_gym:chain_sum", "judge_rows": "unscored"}
 PREFER = {"stage": "preferences", "dataset": "miniature:prompts", "judge": "rules.py:judge"}
+TUNE = {"stage": "sft", "dataset": "{draw}"}
 
 MISTAKES = {
     "a task": ("--rl.dataset=reasoning_gym:chainsum", "task 'chainsum'; did you mean 'chain_sum'?"),
@@ -183,6 +184,28 @@ MISTAKES = {
     "other rows": ("--draw.general_dataset=miniature:x", "stage draw: data source miniature:x"),
     "a judge": ("--prefer.judge=rules.py:judg", "judge 'rules.py:judg': 'rules.py' has no func"),
     "its options": ("--prefer.judge_options={url: x}", "judge 'rules.py:judge' has no option"),
+    "one reward twice": ("--rl.reward_funcs=[accuracy, format, format]", "names must differ, got"),
+    "a device": ("--draw.device=gpu", "stage draw: device must be auto, cpu, cuda or cuda:N"),
+    "a chat template": (
+        "--prefer.prompt_template=chat",
+        "the tokenizer of 'miniature' has no chat",
+    ),
+    "its base's": (
+        "--prefer.model={rl} --prefer.prompt_template=chat",
+        "prefer: prompt_template 'c",
+    ),
+    # another data file: its first row
+    "its columns": ("--rl.dataset=wrong.jsonl", "wrong.jsonl: row 1 has no column 'prompt'; col"),
+    "no rows": ("--rl.eval_dataset=empty.jsonl", "stage rl: dataset empty.jsonl is empty"),
+    "no JSON": ("--prefer.dataset=torn.jsonl", "stage prefer: torn.jsonl:1: not valid JSON"),
+    "a folder": ("--draw.dataset=folder.jsonl", "stage draw: dataset file folder.jsonl does not"),
+    "options of a file": ("--draw.dataset=rows.jsonl --draw.dataset_args={seed: 1}", "args does n"),
+    "general prompts": (
+        "--rl.general_dataset=[{source: wrong.jsonl, domain: chat}]",
+        "stage rl: wrong.jsonl: row 1 has no column 'prompt'",
+    ),
+    "mixed-in rows": ("--draw.general_dataset=torn.jsonl", "stage draw: torn.jsonl:1: not valid"),
+    "demonstrations": ("--tune.dataset=rows.jsonl", "stage tune: rows.jsonl: row 1 has no 'comp"),
     "of an endpoint": (
         "--draw.judge=http://localhost:1/v1 --draw.judge_options={modle: x}",
         "judge 'http://localhost:1/v1' has no option 'modle'",
@@ -197,11 +220,17 @@ def folder(tmp_path, monkeypatch):
         "def judge(conversations):\n    return ['']\n"
         "def reward(completions, **columns):\n    return [1.0]\n"
     )
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "solution": "2"}\n')
+    (tmp_path / "wrong.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
+    (tmp_path / "torn.jsonl").write_text('{"prompt": "1+1=\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "folder.jsonl").mkdir()
     return tmp_path
 
 
 def r1(*flags):
-    listed = [{"name": "rl", **RL}, {"name": "draw", **SAMPLE}, {"name": "prefer", **PREFER}]
+    stages = {"rl": RL, "draw": SAMPLE, "prefer": PREFER, "tune": TUNE}
+    listed = [{"name": name, **fields} for name, fields in stages.items()]
     with open("p.yaml", "w") as file:
         yaml.safe_dump({"stages": listed, "prompt_template": "r1-zero"}, file)
     return main(["r1", "--config", "p.yaml", "--output_dir", "run", *flags])
@@ -221,11 +250,26 @@ def test_the_plan_finds_a_mistake_in_the_settings(folder, capsys, name):
 
 def test_the_plan_passes_what_is_right(folder, capsys):
     rewards = "--rl.reward_funcs=[accuracy, format, 'rules.py:reward']"
-    assert r1("--dry-run", rewards, "--draw.judge=http://localhost:1/v1") == 0
+    rows = ("--rl.eval_dataset=rows.jsonl", "--prefer.dataset=rows.jsonl", "--device=cuda:1")
+    judges = ("--draw.judge=http://localhost:1/v1", "--prefer.judge=some/model")
+    assert r1("--dry-run", rewards, *rows, *judges) == 0
     out = capsys.readouterr().out
     assert "endpoints: http://localhost:1/v1 (for draw)" in out
+    assert "more models: some/model (for prefer)" in out
     assert "what judges and rewriters read and write" in out
     assert not (folder / "run").exists()
+
+
+def test_an_sft_may_bring_the_chat_template(folder, capsys):
+    (folder / "chat.jinja").write_text("{{ messages[0]['content'] }}")
+    after = {"name": "after", "stage": "eval", "model": "{tune}", "data": "rows.jsonl"}
+    tune = {**TUNE, "name": "tune", "dataset": "later.jsonl", "chat_template": "chat.jinja"}
+    command = ["r1", "--config", "p.yaml", "--output_dir", "run", "--dry-run"]
+    for fields, code in ((tune, 0), (tune | {"chat_template": None}, 2)):
+        pipeline = {"prompt_template": "chat", "stages": [fields, after]}
+        (folder / "p.yaml").write_text(yaml.safe_dump(pipeline))
+        assert main(command) == code
+    assert "stage tune: prompt_template 'chat': the tokenizer of 'minia" in capsys.readouterr().err
 
 
 def test_a_program_that_is_not_there_yet_is_missed_and_not_imported(folder, capsys):

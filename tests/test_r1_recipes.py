@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from grpo_engine.data import load_rows
+from grpo_engine.pipeline.config import read_pipeline, read_reference
 from grpo_engine.pipeline.outcome import measured_tokens
+from grpo_engine.pipeline.stages import STAGES, build
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,11 +25,13 @@ def stages_of(recipe: str, kind: str) -> list[dict]:
 
 
 def last_rl(recipe: str) -> dict:
+    if recipe == "r1-all-scenarios":  # the stage alone
+        return yaml.safe_load(recipe_file(recipe).read_text("utf-8"))
     [stage] = [s for s in stages_of(recipe, "grpo") if s["name"] == "all-scenario-rl"]
     return stage
 
 
-@pytest.mark.parametrize("recipe", ["miniature", "r1"])
+@pytest.mark.parametrize("recipe", ["miniature", "r1", "r1-all-scenarios"])
 def test_the_last_stage_scores_held_out_general_prompts(recipe):
     stage = last_rl(recipe)
     trained = {source["source"] for source in stage["general_dataset"]}
@@ -35,6 +39,11 @@ def test_the_last_stage_scores_held_out_general_prompts(recipe):
     assert held_out and stage["eval_dataset"]
     for one in held_out:
         assert one["source"] not in trained or one["args"]["held_out"] is True
+
+
+@pytest.mark.parametrize("name", ["general_dataset", "general_eval_dataset", "eval_dataset"])
+def test_the_last_stage_alone_has_the_rows_it_has_in_the_pipeline(name):
+    assert last_rl("r1-all-scenarios")[name] == last_rl("r1")[name]
 
 
 def test_the_miniature_s_held_out_prompts_are_of_both_kinds_and_never_trained_on():
@@ -46,6 +55,56 @@ def test_the_miniature_s_held_out_prompts_are_of_both_kinds_and_never_trained_on
     trained, held_out = ({row["prompt"] for row in some} for some in rows)
     assert trained and held_out and not trained & held_out
     assert {row["preference"] for row in rows[1]} == {"helpful", "safety"}
+
+
+@pytest.mark.parametrize("recipe", ["miniature", "r1"])
+def test_a_recipe_is_the_pipeline_of_the_paper(recipe):
+    """v2 figure 2: what each stage begins with, learns from and is rewarded for."""
+    values = yaml.safe_load(recipe_file(recipe).read_text("utf-8"))
+    made = {s.name: s.config for s in build(read_pipeline(values, (), STAGES), STAGES)}
+    base = values["model"]
+    begins = {
+        "r1-zero": base,
+        "cold-start-data": "{r1-zero}",
+        "cold-start-sft": base,
+        "reasoning-rl": "{cold-start-sft}",
+        "rejection-sampling": "{reasoning-rl}",
+        "r1-sft": base,  # not with what reasoning RL has made
+        "all-scenario-rl": "{r1-sft}",
+        "distill": made["student-rl"].model,  # the same student, by RL alone
+    }
+    assert {name: made[name].model for name in begins} == begins
+    assert made["student-rl"].model not in (base, *(f"{{{name}}}" for name in made))
+    learns = {
+        "cold-start-sft": "cold-start-data",
+        "r1-sft": "rejection-sampling",
+        "helpful-rm": "helpful-pairs",
+        "safety-rm": "safety-labels",
+        "distill": "rejection-sampling",
+    }
+    for name, source in learns.items():
+        assert read_reference(made[name].dataset).stage == source
+    for name in ("r1-zero", "student-rl"):
+        assert made[name].prompt_template == "r1-zero"
+        assert "language" not in made[name].reward_funcs
+    reasoning, last = made["reasoning-rl"], made["all-scenario-rl"]
+    assert {"accuracy", "language"} <= set(reasoning.reward_funcs)
+    assert (reasoning.epsilon, reasoning.beta, reasoning.reward_weights) == (10, 0.001, None)
+    assert {"accuracy", "format_r1", "language", "helpful", "safety"} <= set(last.reward_funcs)
+    assert (last.epsilon, last.temperature, last.reward_weights) == (10, 0.7, None)
+    assert (last.helpful_model, last.safety_model) == ("{helpful-rm}", "{safety-rm}")
+    assert 0 < last.preference_steps < last.max_steps
+    assert not {"format_r1", "language"} & set(last.reward_domains)  # they apply to every row
+    for kind, scope, judgements in (("helpful", "summary", 4), ("safety", "response", 1)):
+        data = made["helpful-pairs" if kind == "helpful" else "safety-labels"]
+        assert (data.kind, data.resolved_scope, data.resolved_judgements) == (
+            kind,
+            scope,
+            judgements,
+        )
+        trained = made[f"{kind}-rm"]
+        assert (trained.kind, trained.judged_scope) == (kind, scope)
+    assert made["helpful-pairs"].min_difference == 1.0
 
 
 def test_the_miniature_s_evaluations_draw_enough_for_a_chart_of_votes():

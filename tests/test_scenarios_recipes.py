@@ -1,8 +1,6 @@
 """The recipes of reasoning RL and of RL for all scenarios: the paper's numbers, and a few steps of
 each on the miniature."""
 
-import json
-
 import pytest
 
 from grpo_engine.config import build_config
@@ -58,18 +56,20 @@ def test_reasoning_rl_runs_on_the_miniature(tmp_path):
 
 def test_all_scenarios_run_on_the_miniature(tmp_path):
     pytest.importorskip("reasoning_gym")
-    general = []
+    recipe = load_recipe("r1-all-scenarios") | MINIATURE
     for kind, scope in (("helpful", "summary"), ("safety", "response")):
         RewardNetwork.from_model("miniature", device="cpu").save_pretrained(tmp_path / kind)
         ScoreCard(kind, scope, "none", std=2.0, score_scale="standardised").write(tmp_path / kind)
-        path = tmp_path / f"{kind}.jsonl"
-        path.write_text("".join(json.dumps({"prompt": f"Say {i}"}) + "\n" for i in range(4)))
-        general.append({"source": str(path), "domain": kind})
-    recipe = load_recipe("r1-all-scenarios") | MINIATURE
+    for verb, field in (("Say", "general_dataset"), ("Tell", "general_eval_dataset")):
+        for source in recipe[field]:
+            path = tmp_path / source["source"]
+            path.write_text("".join(f'{{"prompt": "{verb} {i}"}}\n' for i in range(4)))
+            source["source"] = str(path)
     changes = {
         "reward_funcs": ["accuracy", "format_r1", "language", "helpful", "safety"],
         "reward_domains": {"accuracy": ["math"], "helpful": ["helpful"], "safety": ["safety"]},
-        "general_dataset": general,
+        "eval_dataset": "reasoning_gym:chain_sum",
+        "eval_dataset_args": MINIATURE["dataset_args"] | {"seed": 1_000_512, "size": 4},
         "helpful_model": str(tmp_path / "helpful"),
         "safety_model": str(tmp_path / "safety"),
         "preference_steps": 4,
@@ -80,9 +80,12 @@ def test_all_scenarios_run_on_the_miniature(tmp_path):
     assert train_grpo(config) == 0
     rows = read_metrics(tmp_path / "run")
     preferences = {"rewards/helpful/mean", "rewards/safety/mean"}
-    assert not preferences & rows[0].keys()
-    assert preferences & rows[2].keys() and preferences & rows[4].keys()
-    for row in rows[::2]:
+    assert not preferences & rows[1].keys()
+    assert preferences & rows[3].keys() and preferences & rows[5].keys()
+    before, *steps, last = rows
+    for row in (before, last):  # what the reward models say of held-out prompts
+        assert {"eval/accuracy", "eval/helpful", "eval/safety"} <= row.keys()
+    for row in [*steps, last][::2]:
         assert {"rewards/format_r1/mean", "rewards/language/mean"} <= row.keys()
         shares = [value for key, value in row.items() if key.endswith("/share")]
         assert sum(shares) == pytest.approx(1.0)

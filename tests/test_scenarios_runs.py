@@ -17,6 +17,9 @@ from grpo_engine.config import build_config
 from grpo_engine.generation.hf import HFGenerator
 from grpo_engine.grpo import GRPORun
 from grpo_engine.metrics import read_jsonl, read_metrics
+from grpo_engine.pipeline.budget import Budgets
+from grpo_engine.pipeline.stages import STAGES as KINDS
+from grpo_engine.pipeline.stages import Stage
 from grpo_engine.policy import Policy
 from grpo_engine.reward_network import RewardNetwork
 from grpo_engine.rewards import BackgroundScoring, RewardPool, RewardSpec
@@ -178,6 +181,9 @@ def test_held_out_general_prompts_are_scored_from_the_start(whole, inputs):
     for row in rows:  # what the token account of a pipeline counts
         assert (row["eval/num_answers"], row["eval/general/num_answers"]) == (4, 6)
         assert row["eval/mean_length"] > 0 and row["eval/general/mean_length"] > 0
+    stage = Stage("", "grpo", KINDS["grpo"], build_config(settings(inputs, whole)), whole)
+    drawn = sum(row["eval/num_answers"] + row["eval/general/num_answers"] for row in rows)
+    assert Budgets([stage]).found[""].held_out == drawn * 12  # what a plan says before it runs
     first = read_jsonl(whole / "completions" / "eval-000000.jsonl")
     assert len(first) == 4  # the problems that accuracy is the share of
     policy = Policy.load(str(inputs / "model"), device="cpu")
@@ -198,6 +204,19 @@ def test_held_out_general_prompts_are_scored_from_the_start(whole, inputs):
         assert rows[0][f"eval/{name}"] == pytest.approx(np.mean(scores), abs=1e-5)
     report = (whole / "report.html").read_text()
     assert "Scoring by reward models" in report and "helpful, held-out prompts" in report
+
+
+def test_the_reference_is_the_policy_of_every_fourth_step(whole):
+    """pi_ref <- pi_theta every K steps, and not in between; until then it is the base."""
+    for step in range(1, 9):
+        checkpoint = whole / f"checkpoint-{step}"
+        reference = checkpoint / "trainer" / "reference.safetensors"
+        assert reference.exists() == (step >= 4)
+        if step >= 4:
+            there = load_file(whole / f"checkpoint-{step - step % 4}" / "model.safetensors")
+            kept = load_file(reference)
+            assert kept.keys() >= there.keys()
+            assert all(torch.equal(kept[name], there[name]) for name in there)
 
 
 def curve(folder):

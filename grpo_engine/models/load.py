@@ -38,6 +38,21 @@ def load_model(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
     return _load_directory_or_id(_shipped_path(source) if source in SHIPPED else source, dtype)
 
 
+def has_chat_template(source: str, *, offline: bool) -> bool | None:
+    """Whether the tokenizer of a model as in ``load_model`` has one; None where it cannot be
+    loaded, or lies on no disk of this machine and ``offline`` is set. Loads no weights."""
+    if source == "smollm2-135m-instruct":
+        return True
+    folder = SHIPPED.get(source, Path(source).expanduser())
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder) if folder.is_dir() else source, local_files_only=offline
+        )
+    except Exception:  # as many kinds as below; what is wrong, ``load_model`` will say
+        return None
+    return bool(tokenizer.chat_template)
+
+
 def looks_local(source: str) -> bool:
     """Whether ``source`` cannot be a Hugging Face id."""
     return source.startswith((".", "/", "~")) or source.count("/") > 1

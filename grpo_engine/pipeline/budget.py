@@ -31,14 +31,16 @@ from grpo_engine.types import UserError
 @dataclass
 class Budget:
     """``generated``, ``trained``: tokens at most, of a stage that ``samples`` or ``trains``;
-    ``answers``: how many it draws; ``rows`` of ``row_tokens`` each: the most it may write, for the
-    stages that read them."""
+    ``held_out``: those of ``generated`` that its evaluations draw, None where that is not known
+    and they come on top; ``answers``: how many it draws (of RL the most at a time); ``rows`` of
+    ``row_tokens`` each: the most it may write, for the stages that read them."""
 
     samples: bool = False
     trains: bool = False
     steps: int | None = None
     generated: int | None = None
     trained: int | None = None
+    held_out: int | None = 0
     answers: int | None = None
     rows: int | None = None
     row_tokens: int | None = None
@@ -71,7 +73,7 @@ class Budgets:
         draws = hasattr(config, "num_generations") or hasattr(config, "num_samples")
         budget.samples = draws and not getattr(config, "answer_columns", None)
         if hasattr(config, "num_generations"):
-            _reinforcement(config, budget)
+            self._reinforcement(config, budget)
         elif hasattr(config, "num_samples"):
             self._sampling(config, budget)
         elif hasattr(config, "num_train_epochs"):
@@ -81,7 +83,7 @@ class Budgets:
             if isinstance(scored_by, str):
                 budget.unknown = scored_by
             else:
-                budget.memory = training_memory(config, budget.shape, scored_by)
+                budget.memory = training_memory(config, budget.shape, scored_by, budget.answers)
         elif budget.shape is not None and budget.samples:
             budget.memory = sampling_memory(config, budget.shape, budget.answers)
         return budget
@@ -115,9 +117,38 @@ class Budgets:
             weights += shape.parameters
         return weights
 
+    def _reinforcement(self, config: Any, budget: Budget) -> None:
+        outputs = config.prompts_per_generation * config.num_generations
+        budget.steps = config.max_steps
+        caps = [
+            config.completion_cap(step)
+            for step in range(0, config.max_steps, config.updates_per_rollout)
+        ]
+        problems, general = self._held_out_rows(config)
+        budget.answers = max(outputs, problems or 0, general or 0)
+        budget.held_out = None
+        if problems is not None and general is not None:
+            steps = {*range(0, config.max_steps, config.eval_steps), config.max_steps}
+            longest = sum(config.completion_cap(step) for step in steps)
+            budget.held_out = (problems + general) * longest
+        budget.generated = outputs * sum(caps) + (budget.held_out or 0)
+        with_prompts = outputs * (sum(caps) + len(caps) * config.max_prompt_length)
+        budget.trained = with_prompts * config.num_iterations
+
+    def _held_out_rows(self, config: Any) -> tuple[int | None, int | None]:
+        """(problems, general prompts) that each evaluation during RL answers once: before the first
+        step, every ``eval_steps`` and at the end. None where no one knows how many."""
+        if config.eval_dataset is None:
+            return 0, 0
+        problems = self.rows(config.eval_dataset, config.eval_dataset_args, config.eval_limit)
+        found = [self.rows(one.source, one.args, one.limit) for one in config.general_eval_dataset]
+        return problems, None if None in found else sum(found)
+
     def _sampling(self, config: Any, budget: Budget) -> None:
-        prefix = "dataset" if hasattr(config, "dataset") else "data"
-        prompts = self.rows(config, prefix, getattr(config, prefix))
+        if hasattr(config, "dataset"):
+            prompts = self.rows(config.dataset, config.dataset_args, config.dataset_limit)
+        else:
+            prompts = self.rows(config.data, config.data_args, config.data_limit)
         if prompts is None:
             return
         if getattr(config, "answer_columns", None):  # given, not drawn
@@ -139,11 +170,11 @@ class Budgets:
             if config.general_share is not None:
                 budget.rows = math.ceil(budget.rows / (1 - config.general_share))
             else:
-                general = self.rows(config, "general", config.general_dataset)
+                general = self.rows(config.general_dataset, config.general_args, None)
                 budget.rows = None if general is None else budget.rows + general
 
     def _supervised(self, config: Any, budget: Budget) -> None:
-        rows = self.rows(config, "dataset", config.dataset)
+        rows = self.rows(config.dataset, config.dataset_args, config.dataset_limit)
         if rows is None:
             return
         batch = getattr(config, "sequences_per_step", None) or config.batch_size
@@ -157,12 +188,11 @@ class Budgets:
         pair = 2 if getattr(config, "kind", None) == "helpful" else 1
         budget.steps, budget.trained = steps, steps * batch * longest * pair
 
-    def rows(self, config: Any, prefix: str, source: str) -> int | None:
+    def rows(self, source: str, args: dict[str, Any], limit: int | None) -> int | None:
         """Rows that ``source`` has, or may have; None where no one knows yet."""
-        limit = getattr(config, f"{prefix}_limit", None)
         reference = self._reference(source)
         if reference is None:
-            counted = _count(source, getattr(config, f"{prefix}_args", {}), limit)
+            counted = _count(source, args, limit)
             return limit if counted is None else counted
         path = referenced_path(self.of_name[reference.stage], reference)
         if path is not None and path.is_file():
@@ -170,18 +200,6 @@ class Budgets:
         else:
             rows = self.found[reference.stage].rows
         return rows if rows is None or limit is None else min(rows, limit)
-
-
-def _reinforcement(config: Any, budget: Budget) -> None:
-    outputs = config.prompts_per_generation * config.num_generations
-    budget.steps = config.max_steps
-    caps = [
-        config.completion_cap(step)
-        for step in range(0, config.max_steps, config.updates_per_rollout)
-    ]
-    budget.generated = outputs * sum(caps)
-    with_prompts = outputs * (sum(caps) + len(caps) * config.max_prompt_length)
-    budget.trained = with_prompts * config.num_iterations
 
 
 def _given(config: Any, prompts: int) -> int | None:

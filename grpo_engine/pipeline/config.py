@@ -262,6 +262,19 @@ def _check_references(stages: list[StageEntry]) -> None:
                 raise UserError(f"{where}: leads out of the stage's folder")
         for path, value in leaves(stage.fields):
             _check_whole(f"stage {stage.name}: --{path} {value}", path, value, place)
+        _check_quoted(stage, place)
+
+
+def _check_quoted(stage: StageEntry, names: Iterable[str]) -> None:
+    """``model: {r1-zero}`` without quotes is a mapping to YAML."""
+    for field_name, value in stage.fields.items():
+        if isinstance(value, dict) and place_of(field_name) is not None:
+            for name in value.keys() & set(names):
+                if value == {name: None}:
+                    raise UserError(
+                        f"stage {stage.name}: --{field_name} {{{name}}}: wants quotes, "
+                        f'"{{{name}}}"; YAML reads a mapping otherwise'
+                    )
 
 
 def _check_whole(where: str, path: str, value: Any, names: Iterable[str]) -> None:
@@ -269,7 +282,9 @@ def _check_whole(where: str, path: str, value: Any, names: Iterable[str]) -> Non
     elsewhere ({summary} of a template) it may be anything."""
     if place_of(path) is None or not isinstance(value, str) or read_reference(value) is not None:
         return
-    if any(f"{{{name}}}" in value for name in names):
+    bare = re.sub(r"[{}\s]", "", value).partition("/")[0]
+    braces = "{" in value or "}" in value
+    if any(f"{{{name}}}" in value or (braces and bare == name) for name in names):
         raise UserError(f"{where}: a reference is a whole value, {{stage}} or {{stage}}/file")
 
 

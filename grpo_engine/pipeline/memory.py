@@ -158,9 +158,12 @@ def _feed_forward(text: Any) -> int:
     return max(inner, one * (experts + (getattr(text, "n_shared_experts", None) or 0)))
 
 
-def training_memory(config: Any, shape: ModelShape, reward_models: int = 0) -> Memory:
+def training_memory(
+    config: Any, shape: ModelShape, reward_models: int = 0, answers: int | None = None
+) -> Memory:
     """Of a stage with an optimiser, sampling included where it samples. ``reward_models``: the
-    weights of those it scores with."""
+    weights of those it scores with; ``answers``: the most it draws at a time, None for those of a
+    rollout."""
     weight_bytes, activation = 4, 2 if config.bf16 else 4
     rank = config.lora_r
     trained = shape.parameters if rank is None else rank * shape.linear
@@ -173,7 +176,7 @@ def training_memory(config: Any, shape: ModelShape, reward_models: int = 0) -> M
         terms["reward models"] = (2 if config.bf16 else 4) * reward_models
     if hasattr(config, "num_generations"):
         outputs = config.prompts_per_generation * config.num_generations
-        terms |= _sampling_terms(config, shape, outputs, activation)
+        terms |= _sampling_terms(config, shape, answers or outputs, activation)
     tokens = min(config.max_tokens_per_microbatch, _step_tokens(config))
     layer = 6 * shape.hidden + 3 * shape.attention + 3 * shape.kv // 2 + 4 * shape.feed_forward
     kept = shape.layers * layer

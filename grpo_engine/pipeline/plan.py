@@ -131,7 +131,7 @@ def _notes(stages: list[Stage], chosen: list[Stage], budgets: dict[str, Budget])
             needed.setdefault(text, []).append(stage)
     for text, names in needed.items():
         notes.append(f"not there yet: {text} (for {', '.join(dict.fromkeys(names))})")
-    notes += _on_top(chosen) + _needed_beside(chosen)
+    notes += _on_top(chosen, budgets) + _needed_beside(chosen)
     if any(b.memory is not None for b in budgets.values()):
         where = (
             "GPU" if any(on_gpu(s.config) for s in stages if hasattr(s.config, "device")) else "CPU"
@@ -143,10 +143,10 @@ def _notes(stages: list[Stage], chosen: list[Stage], budgets: dict[str, Budget])
     return notes
 
 
-def _on_top(chosen: list[Stage]) -> list[str]:
+def _on_top(chosen: list[Stage], budgets: dict[str, Budget]) -> list[str]:
     """What the tokens leave out."""
     more = []
-    if any(getattr(s.config, "num_generations", 0) and s.config.eval_dataset for s in chosen):
+    if any(budgets[stage.name].held_out is None for stage in chosen):
         more.append("held-out answers")
     if any(_chat_models(stage) for stage in chosen):
         more.append("what judges and rewriters read and write")
@@ -164,7 +164,7 @@ def _needed_beside(chosen: list[Stage]) -> list[str]:
                 continue
             if value.startswith(("http://", "https://")):
                 endpoints.setdefault(value, []).append(stage.name)
-            elif path.startswith("generators.") and place_of(path) == "model":
+            elif _is_other_model(path, value):
                 models.setdefault(value, []).append(stage.name)
         for name in stage.kind.written:
             edits = getattr(stage.config, name, None)
@@ -176,6 +176,14 @@ def _needed_beside(chosen: list[Stage]) -> list[str]:
         for value, names in found.items():
             notes.append(f"{what}: {value} (for {', '.join(dict.fromkeys(names))})")
     return notes
+
+
+def _is_other_model(path: str, value: str) -> bool:
+    """Of a generator, or one that judges or rewrites; not a function that does."""
+    if path.startswith("generators."):
+        return place_of(path) == "model"
+    chat = path in ("judge", "rewrite") or path.endswith(".chat_model")
+    return chat and value != "template" and ":" not in value
 
 
 def _chat_models(stage: Stage) -> list[str]:
@@ -209,12 +217,12 @@ def _budget_text(config: Any, budget: Budget) -> str:
     if None in tokens.values():
         source = config.dataset if hasattr(config, "dataset") else config.data
         return f"unknown until the rows of {source} are loaded"
-    listed = " and ".join(f"{count(number)} tokens {what}" for what, number in tokens.items())
+    words = {what: f"{count(number)} tokens {what}" for what, number in tokens.items()}
+    if budget.held_out:
+        words["generated"] += f" ({count(budget.held_out)} of them held-out answers)"
     steps = "" if budget.steps is None else f", in {counted(budget.steps, 'step')}"
-    held_out = ""
-    if budget.samples and getattr(config, "eval_dataset", None):
-        held_out = "; held-out answers come on top"
-    return f"at most {listed}{steps}{held_out}"
+    on_top = "; held-out answers come on top" if budget.held_out is None else ""
+    return f"at most {' and '.join(words.values())}{steps}{on_top}"
 
 
 def _memory_text(config: Any, budget: Budget) -> str:

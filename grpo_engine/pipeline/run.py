@@ -40,7 +40,7 @@ from grpo_engine.lineage import (
 )
 from grpo_engine.manifest import code_version, machine, package_versions
 from grpo_engine.metrics import strict_json, write_atomically
-from grpo_engine.pipeline.checks import check_settings
+from grpo_engine.pipeline.checks import check_chat_templates, check_settings
 from grpo_engine.pipeline.config import PipelineConfig, place_of
 from grpo_engine.pipeline.freshness import (
     Freshness,
@@ -99,6 +99,7 @@ def run_pipeline(
     chosen = choose(stages, only, from_stage, to_stage)
     check_models(chosen)
     check_settings(chosen)
+    check_chat_templates(stages, chosen, offline=dry_run)
     lineage = Lineage(config.output_dir)
     freshness = Freshness(stages, lineage)
     if dry_run:
