@@ -13,12 +13,13 @@ from functools import lru_cache
 import pytest
 import torch
 
-from grpo_engine.bench.measure import PLAIN, is_ours, runner_of
+from grpo_engine.bench.measure import PLAIN, is_ours, passes_of, runner_of
 from grpo_engine.bench.options import read_options
+from grpo_engine.bench.rows import BOTH
 from grpo_engine.bench.truth import errors, truth, wrong
 
 OPTIONS = read_options([], {"quick"})
-BACKWARD = ("token_logprobs", "linear_logprobs", "linear_grpo_loss", "grpo_loss")
+BACKWARD = {case.job for case in OPTIONS.cases if BOTH in passes_of(case.job)}
 ROUNDS = 5
 PAIRS = [(case, p) for case in OPTIONS.cases for p in OPTIONS.providers_of(case.job)]
 

@@ -1,6 +1,9 @@
 """grpo-engine bench: the gate, the clock, the floors, profiles."""
 
 import contextlib
+import subprocess
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +82,13 @@ def test_the_compilers_limits_are_lifted_around_the_clock_not_under_it():
     measure.measure_case(ADVANTAGES, [provider("compiled", run, [])], Clock(CPU), 1, [])
     assert set(asked) == {(SHAPES, contextlib.nullcontext)}
     assert torch._dynamo.config.recompile_limit == before < SHAPES
+
+
+def test_fields_in_a_table_are_inputs_too():
+    inputs = {"lengths": torch.ones(2), "fields": {"rewards": torch.ones(3)}, "S": 2}
+    before = measure.checksums(inputs)
+    inputs["fields"]["rewards"][1] = 2
+    assert measure.checksums(inputs) != before
 
 
 def test_inputs_that_cannot_be_made_are_reported(monkeypatch):
@@ -338,6 +348,20 @@ def test_ncu_is_run_and_its_own_error_shown(tmp_path, monkeypatch):
     (tmp_path / "ncu.code").write_text("9")
     with pytest.raises(RuntimeError, match="ncu: ==ERROR== ERR_NVGPUCTRPERM"):
         ncu.measure(ADVANTAGES, FORWARD, "ours", cuda)
+
+
+def test_ncu_that_takes_too_long_goes_with_what_it_started(tmp_path, monkeypatch):
+    (tmp_path / "ncu").write_text(f"#!/bin/sh\nsleep 60 & echo $! > {tmp_path}/child\nwait\n")
+    (tmp_path / "ncu").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(ncu, "TIMEOUT_S", 1)
+    with pytest.raises(subprocess.TimeoutExpired):
+        ncu.measure(ADVANTAGES, FORWARD, "ours", torch.device("cuda"))
+    child = Path("/proc", (tmp_path / "child").read_text().strip(), "stat")
+    deadline = time.monotonic() + 5
+    while child.exists() and ") Z " not in child.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not child.exists() or ") Z " in child.read_text()
 
 
 def test_ncu_gets_the_very_case():

@@ -10,6 +10,7 @@ import torch
 from bench_parts import CPU, exact, provider
 
 from grpo_engine.bench import command, measure, options
+from grpo_engine.bench.cases import Case
 from grpo_engine.bench.machine import hardware, slug
 from grpo_engine.bench.targets import main_case, target_cases
 from grpo_engine.cli import main
@@ -94,6 +95,9 @@ def test_bench_from_end_to_end(tmp_path, capsys, quick_copy):
         (("--dtype", "bf16", "--dtype", "fp16"), ["--dtype bf16", "--dtype fp16"]),
         (("--truth", "--case", "small pack"), ["--case", "--truth"]),
         (("--quick=1",), ["--quick=1", "no value"]),
+        (("--out=",), ["--out", "needs a path"]),
+        (("--list", "--compare", "{}"), ["--compare", "--list measures nothing"]),
+        (("--list", "--profile"), ["--profile", "--list"]),
         (("small",), ["small"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -103,7 +107,7 @@ def test_a_wrong_flag_is_one_line(tmp_path, capsys, flags, words):
     flags = [flag.format(tmp_path) for flag in flags]
     if not {"--case", "--truth"} & set(flags):
         flags += ["--case", "small grpo_loss"]
-    out = [] if "--out" in flags else ["--out", tmp_path / "out"]
+    out = [] if {"--out", "--out=", "--list"} & set(flags) else ["--out", tmp_path / "out"]
     assert bench(*flags, *out) == 2
     shown, error = capsys.readouterr()
     assert shown == "" and len(error.strip().splitlines()) == 1 and "Traceback" not in error
@@ -134,6 +138,38 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys, quick_copy, monkeypatc
     result = json.loads(path.read_text())
     assert result["interrupted"] and {row["case"] for row in result["rows"]} == {"small grpo_loss"}
     assert "**Interrupted" in path.with_suffix(".md").read_text()
+
+
+def test_nothing_measured_replaces_nothing(tmp_path, capsys, quick_copy, monkeypatch):
+    flags = (*SMALL, "--device", "cpu", "--rounds", "2", "--out", tmp_path)
+    assert bench(*flags) == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "measure_case", stop)
+    assert bench(*flags) == 130
+    assert "nothing was measured or written" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_trouble_after_the_measurements_loses_none(tmp_path, capsys, quick_copy, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    flags = (*SMALL, "--device", "cpu", "--rounds", "2")
+    monkeypatch.setattr(command, "write_roofline", broken)
+    assert bench(*flags, "--out", tmp_path / "a") == 0
+    assert "no roofline: RuntimeError: out of memory" in capsys.readouterr().out
+    monkeypatch.setattr(command, "extras", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bench(*flags, "--out", tmp_path / "b")
+    for folder in ("a", "b"):
+        (path,) = (tmp_path / folder).glob("*.json")
+        result = json.loads(path.read_text())
+        assert [row["provider"] for row in result["rows"]] == ["ours", "torch"]
+        assert result["interrupted"] == (folder == "b")
 
 
 def test_cases_that_the_seconds_do_not_allow_are_named(tmp_path, capsys, quick_copy, monkeypatch):
@@ -228,6 +264,33 @@ def test_profile_writes_a_trace_and_a_table(tmp_path, capsys, quick_copy):
     (path,) = tmp_path.glob("*.md")
     page = path.read_text()
     assert "Profile: small grpo_loss, forward+backward, ours" in page and "ncu" in page
+
+
+def test_a_case_that_has_no_room_is_noted_and_the_next_is_profiled(
+    tmp_path, quick_copy, monkeypatch
+):
+    made = Case.make
+
+    def make(case, device, *rest):
+        if profiling_now and case.job == "group_advantages":
+            raise MemoryError("no room")
+        return made(case, device, *rest)
+
+    profiling_now, profiled = [], command.profile_rows
+
+    def profile(*args):
+        profiling_now.append(True)
+        return profiled(*args)
+
+    monkeypatch.setattr(Case, "make", make)
+    monkeypatch.setattr(command, "profile_rows", profile)
+    flags = ("--case", "small group_advantages", *SMALL, "--device", "cpu", "--profile")
+    assert bench(*flags, "--out", tmp_path) == 0
+    (path,) = tmp_path.glob("cpu*.json")
+    result = json.loads(path.read_text())
+    noted = [note for note in result["notes"] if note.startswith("not profiled: small group_adv")]
+    assert noted and all("MemoryError: no room" in note for note in noted)
+    assert any("small grpo_loss" in title for title in result["sections"])
 
 
 def test_the_ahead_of_time_table(monkeypatch):

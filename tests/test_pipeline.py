@@ -240,7 +240,7 @@ def test_a_model_is_no_data_and_data_no_model():
 def test_a_wrong_flag_runs_nothing(flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1", "completion": "1"}\n')
-    tune = {"name": "tune", "stage": "sft", "dataset": "rows.jsonl"}
+    tune = {"name": "tune", "stage": "sft", "dataset": "rows.jsonl", "prompt_template": "none"}
     (tmp_path / "p.yaml").write_text(yaml.safe_dump({"stages": [tune]}))
     assert cli.main(["r1", "--config", "p.yaml", *flags]) == 2
     assert words in capsys.readouterr().err

@@ -54,7 +54,11 @@ def write_reward_model(path, kind):
 
 def r1(*flags, **fields):
     """Exit code of ``grpo-engine r1`` with ``fields`` in its last stage."""
-    values = {"stages": [*LISTED[:-1], {**LISTED[-1], **fields}], "model": "lm"}
+    values = {
+        "stages": [*LISTED[:-1], {**LISTED[-1], **fields}],
+        "model": "lm",
+        "prompt_template": "none",
+    }
     with open("pipeline.yaml", "w") as file:
         yaml.safe_dump(values, file)
     return main(["r1", "--config", "pipeline.yaml", "--output_dir", "run", *flags])
@@ -145,7 +149,7 @@ def test_a_reward_of_ones_own_may_take_any_model(folder):
     last = {**RL, "name": "rl", "reward_funcs": [*RL["reward_funcs"], "mine.py:mine"]}
     for value in ("{tune}", "{helpful-rm}", "accounts/x/models/y"):
         last["reward_args"] = {"mine": {"model": value}}
-        values = {"stages": [*LISTED[:-1], last], "model": "lm"}
+        values = {"stages": [*LISTED[:-1], last], "model": "lm", "prompt_template": "none"}
         build(read_pipeline(values, (), STAGES), STAGES)
     last["reward_args"] = {"mine": {"model": "{tune}/metrics.jsonl"}}
     with pytest.raises(UserError, match="gives data there, wanted a model"):

@@ -237,10 +237,13 @@ def test_slow_is_not_dead():
 
 
 def test_an_exception_of_on_batch_takes_the_other_requests_back():
-    broken_off = threading.Event()
+    begun, broken_off = threading.Event(), threading.Event()
 
     def draw(fake, body):
-        if body["token_ids"] != [3, 4]:
+        if body["token_ids"] == [3, 4]:
+            assert begun.wait(10)
+        else:
+            begun.set()
             try:
                 while not fake.stopping.wait(0.05):
                     yield next(completion(fake, body))

@@ -1,7 +1,7 @@
 """``grpo-engine bench``: choose, measure, show, write, compare.
 
 Exit codes: 0; 1 where one of our own kernels is wrong or fails, or got worse than the baseline; 2 a
-wrong flag; 130 after Ctrl-C, with what was measured so far written.
+wrong flag; 130 after Ctrl-C. What was measured before a Ctrl-C or an error is written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.text import Text
 
 from grpo_engine.bench import ahead_of_time
 from grpo_engine.bench.baseline import load_baseline, regressions
-from grpo_engine.bench.charts import write_roofline
+from grpo_engine.bench.charts import FORMATS, write_roofline
 from grpo_engine.bench.floors import HEAD_JOBS, copy_bandwidth_run
 from grpo_engine.bench.machine import busy, hardware, provenance, slug
 from grpo_engine.bench.measure import is_ours, measure_case
@@ -29,7 +29,8 @@ from grpo_engine.bench.profiling import profile_rows
 from grpo_engine.bench.rows import FAILED, FORMAT, OK, WRONG, Row, write_json
 from grpo_engine.bench.tables import markdown, markdown_table, print_case
 from grpo_engine.bench.targets import target_table
-from grpo_engine.bench.timing import Clock, Runner, Spread, interleave
+from grpo_engine.bench.timing import Clock, Runner, Spread, interleave, reason
+from grpo_engine.metrics import write_atomically
 from grpo_engine.types import UserError
 
 ERROR_NOTE = (
@@ -48,6 +49,8 @@ CPU_NOTES = [
 GPU_NOTES = [
     "Times: between two CUDA events, the L2 cache overwritten before. Wall ms, of short calls: the "
     "host's clock from an idle device to an idle device. Peak: PyTorch's allocator.",
+    "Launches and host syncs are counted by tests/test_grpo_loss_launches.py and "
+    "tests/test_kernels_on_gpu.py, not here.",
     ERROR_NOTE,
 ]
 COPY_ROUNDS = 5
@@ -86,16 +89,22 @@ def run_bench(
     say(console, f"{name}, code {result['code']}", "bold")
     for note in result["notes"]:
         say(console, note, "dim")
+    failure: Exception | None = None
     try:
         measure(options, result, rows, console)
         extras(options, result, rows, console, out)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as error:
+        failure = error if isinstance(error, Exception) else None
         result["interrupted"] = True
         for row in rows:
             if row.status == OK and row.ms is None:
                 row.reason = "interrupted before it was timed"
-        say(console, "interrupted: writing what was measured so far", "yellow")
-    write(result, rows, out / slug(name), console)
+        words = "writing what was measured so far" if rows else "nothing was measured or written"
+        say(console, f"{reason(failure) if failure else 'interrupted'}: {words}", "yellow")
+    if rows or not result["interrupted"]:
+        write(result, rows, out / slug(name), console)
+    if failure is not None:
+        raise failure
     code = verdict(rows, console)
     if base is not None:
         code = max(code, compare(result, base, console))
@@ -218,14 +227,18 @@ def write(result: dict[str, Any], rows: list[Row], stem: Path, console: Console)
     floors = [r for r in rows if r.case.job in HEAD_JOBS and r.floor_ms and r.flops]
     if floors:
         result["gemm_tflops"] = max(r.flops / r.floor_ms.median / 1e9 for r in floors)
-    drawn = write_roofline(result, rows, stem)
-    if isinstance(drawn, str):
-        result["notes"].append(drawn)
-        say(console, drawn)
     result["rows"] = [row.to_json() | about for row in rows]
     paths = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".json", ".md")]
     write_json(paths[0], result)
-    paths[1].write_text(markdown(result, rows), encoding="utf-8")
+    write_atomically(paths[1], markdown(result, rows))
+    try:
+        drawn = write_roofline(result, rows, stem)
+    except Exception as error:  # of matplotlib: the figures are safe
+        drawn = f"no roofline: {reason(error)}"
+    if isinstance(drawn, str):
+        say(console, drawn)
+        for suffix in FORMATS:  # of other figures
+            stem.with_name(f"{stem.name}.{suffix}").unlink(missing_ok=True)
     for path in [*paths, *(drawn if isinstance(drawn, list) else [])]:
         say(console, f"-> {path}")
 

@@ -210,7 +210,7 @@ def checksums(inputs: Inputs) -> dict[str, int]:
     """The sum of each input's bits, which tells whether a run wrote into it."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     found = {}
-    for name, tensor in tensors(inputs).items():
+    for name, tensor in (tensors(inputs) | inputs.get("fields", {})).items():
         values = tensor.detach().view(bits[tensor.element_size()])
         found[name] = int(values.sum(dtype=torch.int64))
     return found

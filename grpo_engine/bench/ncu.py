@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import base64
 import csv
+import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -65,13 +67,18 @@ def measure(case: Case, passes: str, provider: str, device: torch.device) -> dic
         *(sys.executable, "-c", replay_code, packed(case), passes, provider, str(device)),
     ]
     with tempfile.TemporaryDirectory() as elsewhere:  # the repository must stay off sys.path
-        done = subprocess.run(
-            command, cwd=elsewhere, capture_output=True, text=True, timeout=TIMEOUT_S
-        )
-    if done.returncode != 0:
-        lines = [line for line in done.stdout.splitlines() if line.startswith("==ERROR==")]
-        raise RuntimeError(f"ncu: {(lines or done.stderr.splitlines() or ['failed'])[-1]}")
-    return table(parse(done.stdout))
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        ncu = subprocess.Popen(command, cwd=elsewhere, start_new_session=True, **pipes)
+        try:
+            printed, said = ncu.communicate(timeout=TIMEOUT_S)
+        except BaseException:
+            os.killpg(ncu.pid, signal.SIGKILL)  # with the Python under it, which holds the GPU
+            ncu.wait()
+            raise
+    if ncu.returncode != 0:
+        lines = [line for line in printed.splitlines() if line.startswith("==ERROR==")]
+        raise RuntimeError(f"ncu: {(lines or said.splitlines() or ['failed'])[-1]}")
+    return table(parse(printed))
 
 
 def packed(case: Case) -> str:

@@ -31,7 +31,8 @@ grpo-engine bench [--flag value ...]
   --dtype NAME        of heads and logits: fp32, bf16 or fp16 (default: the case's own)
   --rounds N          rounds that are kept (default: {rounds}; with --quick {quick})
   --seconds N         start no further case after N seconds; what is left out is named
-  --out DIR           results as JSON, Markdown and roofline (default: {out})
+  --out DIR           results as JSON, Markdown and roofline (default: {out}); they take the place
+                      of this device's last ones, also where only some cases were chosen
   --quick             fewer cases (on a GPU those of the targets) and rounds; whoever compiles for
                       every shape takes part only in the first of those, or named by --provider
   --truth             the table of errors against fp64 instead of times
@@ -98,6 +99,14 @@ def read_options(pairs: list[tuple[str, str]], switches: set[str]) -> BenchOptio
         odd += [name for name in ("profile", "list") if name in switches]
         if odd:
             raise UserError(f"--{odd[0]}: --truth takes only --device, --out and --quick beside it")
+    if "list" in switches:
+        odd = [name for name in ("rounds", "seconds", "out", "compare") if name in single]
+        odd += [name for name in ("profile",) if name in switches]
+        if odd:
+            raise UserError(f"--{odd[0]}: --list measures nothing")
+    for name in ("out", "compare"):
+        if single.get(name) == "":
+            raise UserError(f"--{name}: needs a path, got ''")
     device = resolve_device(single.get("device"))
     quick = "quick" in switches
     cases = choose_cases(lists["job"], lists["case"], device, quick)

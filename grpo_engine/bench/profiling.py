@@ -35,13 +35,13 @@ def profile_rows(
     for row in rows:
         if row.status != OK or row.ms is None:
             continue
-        if row.case != case:
-            del inputs
-            release(device)
-            case, inputs = row.case, row.case.make(device)
         provider = by_name[row.case.job, row.provider]
         title = f"{row.case.name}, {row.passes}, {row.provider}"
         try:
+            if row.case != case:
+                case = inputs = None  # in this order, also where there is no room for the next
+                release(device)
+                case, inputs = row.case, row.case.make(device)
             trace = folder / f"trace-{file_name(title)}.json"
             table = trace_once(provider, inputs, row.passes == BOTH, device, trace)
             sections[f"Profile: {title}"] = table

@@ -11,6 +11,7 @@ from typing import Any
 
 from grpo_engine.bench.cases import Case
 from grpo_engine.bench.timing import Spread
+from grpo_engine.metrics import write_atomically
 from grpo_engine.types import UserError
 
 FORMAT = 1
@@ -82,7 +83,7 @@ class Row:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
 def read_results(path: Path, flag: str) -> dict[str, Any]:

@@ -275,7 +275,10 @@ def run_truth_table(
             rows.append(row)
     except KeyboardInterrupt:
         interrupted = True
-        say("interrupted: writing the rows so far")
+        words = "writing the rows so far" if rows else "nothing was measured or written"
+        say(f"interrupted: {words}")
+        if not rows:
+            return 130
     packages = sorted({p.package for p in PROVIDERS if p.package})
     result = provenance(device, packages) | {
         "interpreted": _interpreted(device),
