@@ -151,6 +151,7 @@ def test_nothing_measured_replaces_nothing(tmp_path, capsys, quick_copy, monkeyp
     monkeypatch.setattr(command, "measure_case", stop)
     assert bench(*flags) == 130
     assert "nothing was measured or written" in capsys.readouterr().out
+    assert bench(*flags, "--compare", tmp_path) == 130
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -170,6 +171,25 @@ def test_trouble_after_the_measurements_loses_none(tmp_path, capsys, quick_copy,
         result = json.loads(path.read_text())
         assert [row["provider"] for row in result["rows"]] == ["ours", "torch"]
         assert result["interrupted"] == (folder == "b")
+
+
+def test_a_reader_that_goes_loses_nothing(tmp_path, quick_copy, monkeypatch):
+    measured = measure.measure_case
+
+    def first_alone(case, *rest):
+        if case.job == "group_advantages":
+            monkeypatch.setattr(command, "say", gone)
+            gone()
+        measured(case, *rest)
+
+    def gone(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(command, "measure_case", first_alone)
+    flags = (*SMALL, "--case", "small group_advantages", "--device", "cpu", "--out", tmp_path)
+    assert bench(*flags) == 141
+    (path,) = tmp_path.glob("*.json")
+    assert {r["case"] for r in json.loads(path.read_text())["rows"]} == {"small grpo_loss"}
 
 
 def test_cases_that_the_seconds_do_not_allow_are_named(tmp_path, capsys, quick_copy, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from bench_parts import ADVANTAGES, spread
@@ -220,6 +221,19 @@ def test_a_target_against_rivals_is_met_only_when_all_were_timed():
         assert verdict == "not decided" and figure.endswith(f"; not timed: {able[-1]}")
     wrong = [r for r in timed if r.provider != able[-1]] + [row(able[-1], WRONG)]
     assert judged(wrong)[1] == "met"
+
+
+def test_launches_have_a_line_that_names_the_test_which_counts_them():
+    rows = {tuple(row[:2]): row[2:] for row in target_table([])["rows"]}
+    for target in (
+        ("grpo_loss, forward", "<= 2 launches"),
+        ("grpo_loss", "no host sync"),
+        ("pack, unpack", "one launch"),
+    ):
+        figure, verdict = rows[target]
+        path, _, name = figure.removeprefix("counted by ").partition("::")
+        assert name and verdict == "not decided"
+        assert f"def {name}" in (Path(__file__).parents[1] / path).read_text()
 
 
 def test_target_cases_are_cases_of_a_gpu():

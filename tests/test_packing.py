@@ -227,6 +227,32 @@ def test_packing_does_not_sync():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu
+def test_packing_is_one_launch():
+    """Copies of the plan and the offsets aside: they come from the host."""
+    lengths = LENGTHS["odd"]
+    ids = values(sum(lengths), torch.int64, "cuda")
+    offsets = np.cumsum([0, *lengths])
+    batch = pack_rollouts(ids, {"x": ids}, offsets=offsets)
+
+    def launches_of(call):
+        call()
+        torch.cuda.synchronize()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+            torch.cuda.synchronize()
+        on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        return [event.name for event in on_device if not event.name.startswith("Mem")]
+
+    (packed,) = launches_of(lambda: pack_rollouts(ids, {"x": ids}, offsets=offsets))
+    assert "pack_kernel" in packed
+    (unpacked,) = launches_of(
+        lambda: unpack(batch.token_ids, batch.cu_seqlens, padded=True, lengths=batch.lengths)
+    )
+    assert "unpack_kernel" in unpacked
+
+
 def test_fields_are_independent_for_autograd():
     """The outputs share memory but no version counter: changing one must not spoil another that
     autograd saved."""

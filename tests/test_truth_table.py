@@ -299,7 +299,15 @@ def test_an_interrupted_table_keeps_its_rows(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(table, "truth_table", interrupted)
-    assert table.run_truth_table(tmp_path, "cpu", say=lambda line: None) == 130
+    asked = "grpo-engine bench --truth --device cpu --out here"
+    assert table.run_truth_table(tmp_path, "cpu", say=lambda line: None, command=asked) == 130
     result = json.loads((tmp_path / "truth_table_cpu.json").read_text())
     assert result["interrupted"] is True and len(result["cases"]) == 1
-    assert "INTERRUPTED" in (tmp_path / "truth_table_cpu.md").read_text()
+    assert result["command"].endswith(asked)
+    page = (tmp_path / "truth_table_cpu.md").read_text()
+    assert "INTERRUPTED" in page and f"{asked}` in" in page
+
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    rows.clear()
+    assert table.run_truth_table(tmp_path, "cpu", say=lambda line: None) == 130
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -49,8 +50,6 @@ CPU_NOTES = [
 GPU_NOTES = [
     "Times: between two CUDA events, the L2 cache overwritten before. Wall ms, of short calls: the "
     "host's clock from an idle device to an idle device. Peak: PyTorch's allocator.",
-    "Launches and host syncs are counted by tests/test_grpo_loss_launches.py and "
-    "tests/test_kernels_on_gpu.py, not here.",
     ERROR_NOTE,
 ]
 COPY_ROUNDS = 5
@@ -83,7 +82,9 @@ def run_bench(
     if options.truth:
         from grpo_engine.bench.truth_table import run_truth_table
 
-        return run_truth_table(out, options.device, options.quick, partial(say, console))
+        return run_truth_table(
+            out, options.device, options.quick, partial(say, console), command=command
+        )
     result = new_result(options, command)
     rows: list[Row] = []
     say(console, f"{name}, code {result['code']}", "bold")
@@ -100,7 +101,10 @@ def run_bench(
             if row.status == OK and row.ms is None:
                 row.reason = "interrupted before it was timed"
         words = "writing what was measured so far" if rows else "nothing was measured or written"
-        say(console, f"{reason(failure) if failure else 'interrupted'}: {words}", "yellow")
+        with suppress(BrokenPipeError):  # perhaps the very error
+            say(console, f"{reason(failure) if failure else 'interrupted'}: {words}", "yellow")
+    if not rows and result["interrupted"] and failure is None:
+        return 130
     if rows or not result["interrupted"]:
         write(result, rows, out / slug(name), console)
     if failure is not None:

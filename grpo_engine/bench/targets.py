@@ -166,6 +166,11 @@ def times_faster(board: Board, case: Case, passes: str, other: str, factor: floa
     return f"{ratio:.1f}x (wall)", ratio >= factor
 
 
+def counted_by(test: str) -> Callable[[Board], tuple[str, None]]:
+    """No row says it: a test on a GPU does."""
+    return lambda board: (f"counted by {test}", None)
+
+
 def targets() -> list[Target]:
     main, loss, packs, small_packs, unpacks, small_unpacks, *_ = target_cases()
     *_, frozen, peaked, logprobs, logits = target_cases()
@@ -202,6 +207,21 @@ def targets() -> list[Target]:
         Target(f"{back}, backward", ">= 90 % of copy", lambda b: backward_of_copy(b, logits, 90)),
         Target(
             "grpo_loss", ">= 20x plain torch", lambda b: times_faster(b, loss, BOTH, "torch", 20)
+        ),
+        Target(
+            "grpo_loss, forward",
+            "<= 2 launches",
+            counted_by("tests/test_grpo_loss_launches.py::test_launches_on_a_gpu"),
+        ),
+        Target(
+            "grpo_loss",
+            "no host sync",
+            counted_by("tests/test_kernels_on_gpu.py::test_no_host_sync"),
+        ),
+        Target(
+            "pack, unpack",
+            "one launch",
+            counted_by("tests/test_packing.py::test_packing_is_one_launch"),
         ),
         Target("pack, large", ">= 80 % of copy", lambda b: of_copy(b, packs, 80)),
         Target(

@@ -255,9 +255,11 @@ def run_truth_table(
     device: torch.device | str,
     quick: bool = False,
     say: Callable[[str], None] = print,
+    command: str | None = None,
 ) -> int:
     """Write truth_table_<device>.json and .md under ``out_dir``. Returns 0 if this package keeps
-    all its bounds on every case that ran, else 1; 130 when interrupted, with the rows so far."""
+    all its bounds on every case that ran, else 1; 130 when interrupted, with the rows so far.
+    ``command`` is what was asked, for who wants the table again."""
     device, start = torch.device(device), time.perf_counter()
     cases, rows, interrupted = truth_cases(device, quick), [], False
     compiled = [] if quick or _interpreted(device) else cases[:COMPILED]
@@ -280,7 +282,10 @@ def run_truth_table(
         if not rows:
             return 130
     packages = sorted({p.package for p in PROVIDERS if p.package})
+    before = "TRITON_INTERPRET=1 " * _interpreted(device)
+    asked = command or f"grpo-engine bench --truth{' --quick' * quick} --device {device}"
     result = provenance(device, packages) | {
+        "command": before + asked,
         "interpreted": _interpreted(device),
         "quick": quick,
         "interrupted": interrupted,
@@ -328,7 +333,7 @@ def markdown(result: dict, rows: list[TruthRow]) -> str:
         "# Errors against fp64",
         f"{result['hardware']}{', Triton interpreted' * result['interpreted']}; "
         f"{result['date'][:10]}; code {result['code']}; {versions}.",
-        f"Made by `{_command(result)}` in {result['seconds']} s"
+        f"Made by `{result['command']}` in {result['seconds']} s"
         f"{', INTERRUPTED' * result['interrupted']}. Every provider is given the same inputs, "
         "already rounded to the dtype; the truth is computed from them in fp64.",
         "Worst error over the cases: largest absolute error of log-probabilities, entropy, "
@@ -346,11 +351,6 @@ def markdown(result: dict, rows: list[TruthRow]) -> str:
         _absences(rows),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _command(result: dict) -> str:
-    before = "TRITON_INTERPRET=1 " * result["interpreted"]
-    return f"{before}grpo-engine bench --truth{' --quick' * result['quick']}"
 
 
 def _job_tables(rows: list[TruthRow]) -> list[str]:
